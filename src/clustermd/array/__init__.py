@@ -1,0 +1,1 @@
+"""One array on one node: members, bitmap, windows, write, read, resync, metadata."""

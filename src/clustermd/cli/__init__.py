@@ -1,0 +1,1 @@
+"""The command line: mdadm's grammar, and our own verbs."""

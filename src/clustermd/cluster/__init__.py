@@ -1,0 +1,1 @@
+"""The cluster protocol of clustered md: channel, messages, slots, takeover."""

@@ -1,0 +1,1 @@
+"""The distributed lock manager: a replicated state machine over a process group."""

@@ -1,0 +1,1 @@
+"""Arithmetic between array sectors and member sectors."""

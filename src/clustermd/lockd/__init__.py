@@ -1,0 +1,1 @@
+"""The node's lock and membership daemon."""

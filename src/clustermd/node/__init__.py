@@ -1,0 +1,1 @@
+"""The array process: control socket, start, stop."""

@@ -1,0 +1,1 @@
+"""Bytes <-> values: superblock, bitmap superblock, bitmap bits, bad block log. No I/O."""
