@@ -1,0 +1,75 @@
+"""What all tests share: what they need of the machine, and where the golden images are.
+
+A test that needs root, FUSE, a loop device or a program says so:
+
+    @pytest.mark.needs("root", "loop", "fio")
+
+Where the machine lacks it the test is skipped with a line that says why. With `CI` set in the
+environment such a skip is a failure: a test nobody runs proves nothing. Golden images are no part
+of the repository; without them the tests that read them are skipped everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", 'needs(*what): "root", "loop", "fuse" or the name of a program this test cannot do without'
+    )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    lacking = [
+        reason
+        for mark in item.iter_markers("needs")
+        for what in mark.args
+        if (reason := lack_of(what)) is not None
+    ]
+    if not lacking:
+        return
+    message = "; ".join(lacking)
+    if os.environ.get("CI"):
+        pytest.fail(f"cannot run here, and CI is set: {message}", pytrace=False)
+    pytest.skip(message)
+
+
+def lack_of(what: str) -> str | None:
+    """Why `what` cannot be used on this machine, or None when it can."""
+    if what == "root":
+        return None if os.geteuid() == 0 else "needs root"
+    if what == "loop":
+        usable = os.geteuid() == 0 and os.access("/dev/loop-control", os.R_OK | os.W_OK)
+        return None if usable else "needs loop devices: root and /dev/loop-control"
+    if what == "fuse":
+        usable = os.access("/dev/fuse", os.R_OK | os.W_OK) and shutil.which("fusermount3") is not None
+        return None if usable else "needs FUSE: /dev/fuse and fusermount3 (Debian package fuse3)"
+    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+    return (
+        None
+        if shutil.which(what, path=path)
+        else f"needs the program {what} (see DEBIAN_PACKAGES in the Makefile)"
+    )
+
+
+def goldens_directory() -> Path | None:
+    """Where the golden images are: $CLUSTERMD_GOLDENS, else shared/goldens beside the repository."""
+    given = os.environ.get("CLUSTERMD_GOLDENS")
+    path = Path(given) if given else REPOSITORY.parent / "shared" / "goldens"
+    return path if path.is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """The directory of golden images; skips the test where there is none."""
+    path = goldens_directory()
+    if path is None:
+        pytest.skip("no golden images: set CLUSTERMD_GOLDENS to their directory")
+    return path
