@@ -77,8 +77,9 @@ class MemoryPool:
 class MemoryVolume:
     """A `Volume` over a bytearray.
 
-    `delay_s` None answers within `submit`; 0 in the next turn of the loop. `shuffle` answers what waits in a random order.
-    `fail` may return an errno for a request. While `held` is True nothing is answered; `release_held()` ends that.
+    `delay_s` None answers within `submit`; 0 in the next turn of the loop. `shuffle` answers what waits in a
+    random order. `fail` may return an errno for a request. While `held` is True nothing is answered;
+    `release_held()` ends that.
     """
 
     def __init__(

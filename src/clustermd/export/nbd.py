@@ -19,9 +19,11 @@ from pathlib import Path
 from clustermd.array.request import Volume
 from clustermd.errors import Refused
 from clustermd.export.nbd_connection import Connection
+from clustermd.export.nbd_replies import Budget
 from clustermd.trace import Trace
 
 CONNECTIONS_MAX = 256
+BUFFERED_MAX_BYTES = 256 << 20  # of all connections together; each has its own bound as well
 BACKLOG = 64
 LAST_REPLIES_S = 2.0  # how long a stop waits for clients to take their last replies
 NO_DESCRIPTORS_S = 0.2  # how long to leave new clients waiting when descriptors or memory ran out
@@ -32,7 +34,7 @@ _PEER = struct.Struct("3i")
 
 @dataclass(frozen=True, slots=True)
 class ClientInfo:
-    """A connected client. `pid` is 0 and `command` "" where the kernel cannot tell; times are of the loop's clock."""
+    """A connected client. `connected_s` is by the loop's clock; `command` is "" where it is not known."""
 
     pid: int
     uid: int
@@ -62,13 +64,16 @@ class NbdServer:
         self._listener: socket.socket | None = None
         self._connections: dict[Connection, _Peer] = {}
         self._changed = asyncio.Event()
+        self._budget: Budget | None = None
 
     async def start(self) -> None:
         """Listen. Raises Refused when the path is too long, or another server answers there."""
         listener = _listen(self.path)
         listener.setblocking(False)
         self._listener = listener
-        asyncio.get_running_loop().add_reader(listener, self._accept)
+        loop = asyncio.get_running_loop()
+        self._budget = Budget(BUFFERED_MAX_BYTES, loop)
+        loop.add_reader(listener, self._accept)
 
     def clients(self) -> list[ClientInfo]:
         """Who is connected, oldest first. A client that said goodbye is not."""
@@ -98,7 +103,8 @@ class NbdServer:
             names = ", ".join(f"{client.command or 'process'} (pid {client.pid})" for client in clients)
             raise Refused(
                 "nbd-clients-connected",
-                f"{self._volume.name} is in use over {self.path} by {names}: disconnect them, or stop with --force",
+                f"{self._volume.name} is in use over {self.path} by {names}: "
+                "disconnect them, or stop with --force",
                 clients=[asdict(client) for client in clients],
             )
         self._end_listening()
@@ -129,7 +135,7 @@ class NbdServer:
 
     def _accept(self) -> None:
         loop = asyncio.get_running_loop()
-        if self._listener is None:
+        if self._listener is None or self._budget is None:
             return
         try:
             client, _ = self._listener.accept()
@@ -146,7 +152,7 @@ class NbdServer:
             client.close()
             return
         peer = _peer(client, loop.time())
-        connection = Connection(client, self._volume, loop, self._ended)
+        connection = Connection(client, self._volume, loop, self._budget, self._ended)
         self._connections[connection] = peer
         self._trace.point("export.connected", pid=peer.pid, uid=peer.uid)
 
@@ -177,7 +183,8 @@ def _listen(path: Path) -> socket.socket:
         if len(os.fsencode(path)) > 107:
             raise Refused(
                 "socket-path-too-long",
-                f"{path} is longer than the 107 bytes a unix socket may have: set CLUSTERMD_RUN to a shorter directory",
+                f"{path} is longer than the 107 bytes a unix socket may have: "
+                "set CLUSTERMD_RUN to a shorter directory",
                 path=str(path),
             )
         _remove_stale(path)

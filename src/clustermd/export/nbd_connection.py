@@ -2,23 +2,20 @@
 
 Theory
     What arrives is read into one buffer, as much as one system call gives. All complete requests in it are
-    parsed in one pass, each becomes a `Request`, and all of them go to the array in one `submit`. Completions
-    come back one by one, within `submit` or in a later sweep of the array, and are collected; one `sendmsg`
-    at the end of the event, or of the sweep, carries all of them. There is no task, no future and no copy of
-    what is read. A slow client gets fewer, larger batches by itself.
+    parsed in one pass, each becomes a `Request`, and all of them go to the array in one `submit`; replies
+    are collected and sent by `nbd_replies`. There is no task, no future, and no copy of what is read. A slow
+    server gets fewer, larger batches by itself.
 
     A long write is different: its payload is received straight into the aligned buffer the array will use.
     After one, the next receive asks for little, so that the next long payload is not copied either.
-
-    Buffers belong to the request until the array completes it. A read's buffer then belongs to the reply,
-    until the kernel has taken all of it. A client that vanishes changes nothing of that.
 
 What is bounded: requests and buffer bytes between their arrival and the end of their reply. At the bound the
 connection stops reading; the socket fills, and the client waits. So a client that sends without reading
 costs a bounded amount of memory.
 
-How it ends: DISC, the end of the stream, a stream that makes no sense, or `finish()`: nothing more is read, what
-is in flight is answered, then the socket is closed. `abort()`, or a socket error, closes it at once.
+How it ends: DISC, the end of the stream, a stream that makes no sense, or `finish()`: nothing more is read,
+what is in flight is answered, then the socket is closed. A socket error, or `abort()`, closes it at once;
+what is in flight then comes back from the array all the same, and its buffers go back to the pool.
 """
 
 from __future__ import annotations
@@ -29,31 +26,24 @@ from collections.abc import Callable
 
 from clustermd.array.request import Kind, Owner, Request, Volume
 from clustermd.device.member_device import Buffer
-from clustermd.errors import BadBytes
+from clustermd.errors import BadBytes, Refused
 from clustermd.export.nbd_handshake import Handshake, Phase
 from clustermd.export.nbd_protocol import (
     ALLOWED_FLAGS,
     MAXIMUM_BLOCK_BYTES,
-    SIMPLE_REPLY,
-    SIMPLE_REPLY_MAGIC,
     Command,
     CommandFlag,
     Export,
     NbdError,
     Parsed,
     RequestParser,
-    data_chunk,
-    empty_chunk,
-    error_chunk,
-    nbd_error,
-    simple_reply,
 )
+from clustermd.export.nbd_replies import Budget, Replies
 
 RECEIVE_BYTES = 256 << 10
 AFTER_LARGE_BYTES = 4 << 10
 REQUESTS_MAX = 1024
 BUFFERED_MAX_BYTES = 2 * MAXIMUM_BLOCK_BYTES
-VECTORS_MAX = 1024  # IOV_MAX of Linux
 
 _KINDS: dict[int, Kind] = {
     Command.READ: Kind.READ,
@@ -63,393 +53,271 @@ _KINDS: dict[int, Kind] = {
     Command.WRITE_ZEROES: Kind.WRITE_ZEROES,
 }
 assert set(_KINDS) == set(ALLOWED_FLAGS)
-_READ, _WRITE, _DISC = int(Command.READ), int(Command.WRITE), int(Command.DISC)
+# Looking up a member of an enum costs as much as parsing a header.
+_READ, _WRITE, _DISC, _FLUSH = int(Command.READ), int(Command.WRITE), int(Command.DISC), int(Command.FLUSH)
 _KIND_READ, _KIND_WRITE = Kind.READ, Kind.WRITE
 _FUA, _NO_HOLE = int(CommandFlag.FUA), int(CommandFlag.NO_HOLE)
 
-_pack_reply = SIMPLE_REPLY.pack
-
 
 class Connection:
-    """A client of one volume. `closed(self)` is called once, when its socket is closed and nothing is in flight."""
+    """A client of one volume. `closed(self)` is called once, when nothing is open or in flight any more."""
 
     def __init__(
         self,
         client: socket.socket,
         volume: Volume,
         loop: asyncio.AbstractEventLoop,
+        budget: Budget,
         closed: Callable[[Connection], None],
     ) -> None:
         """Greets the client. `client` is a connected stream socket, which this takes over."""
         client.setblocking(False)
         self.reason = ""  # why it ended, for people
-        self.in_flight = 0  # requests the array has
         self.finishing = False
         self._socket = client
-        self._open = True
         self._volume = volume
         self._loop = loop
+        self._budget = budget
         self._closed = closed
+        self._open = True
         self._told = False
+        self._replies = Replies(client, loop, budget, self._after_flush)
 
-        export = Export(volume.name, volume.size_bytes, volume.read_only)
-        self._export = export
-        self._handshake: Handshake | None = Handshake(export, f"clustermd array {volume.name}")
-        self._parser = RequestParser(export, structured=False)
-        self._structured = False
+        self._export = Export(volume.name, volume.size_bytes, volume.read_only)
+        self._handshake: Handshake | None = Handshake(self._export, f"clustermd array {volume.name}")
+        self._parser = RequestParser(self._export, structured=False)
 
         self._buffer = bytearray(RECEIVE_BYTES)
         self._view = memoryview(self._buffer)
-        self._start = 0  # unparsed bytes are self._buffer[start:end]
+        self._start = 0  # what is not parsed yet is self._buffer[start:end]
         self._end = 0
-        self._window_bytes = RECEIVE_BYTES
+        self._window_bytes = RECEIVE_BYTES  # how much to ask of the next receive
         self._skip_bytes = 0  # of a refused payload, still to come
-        self._large: Request | None = None  # whose payload is being received
-        self._large_buffer: Buffer | None = None
+        self._large: tuple[Request, Buffer] | None = None  # whose payload is being received
         self._large_filled_bytes = 0
-        self._reading = False
-        self._full = False
+        self._full = False  # not reading: the next request does not fit within the bounds
 
-        self._requests = 0  # from arrival to the end of the reply
-        self._buffered_bytes = 0
-        # Replies collected (out), and those the kernel is taking (sending); each with what it frees when sent.
-        self._out: list[bytes | memoryview] = []
-        self._out_buffers: list[Buffer] = []
-        self._out_requests = 0
-        self._out_bytes = 0  # of buffers
-        self._sending: list[bytes | memoryview] = []
-        self._sending_buffers: list[Buffer] = []
-        self._sending_requests = 0
-        self._sending_bytes = 0
-        self._blocked = False  # waiting until the socket takes more
-        self._flush_due = False
-
-        self._out.append(self._handshake.greeting)
-        self._read_on()
-        self._flush()
+        self._loop.add_reader(client, self._readable)
+        self._replies.say(self._handshake.greeting)
+        self._replies.schedule_flush()
 
     @property
     def transmitting(self) -> bool:
         """An export is open."""
         return self._handshake is None
 
+    @property
+    def in_flight(self) -> int:
+        """Requests the array has."""
+        return self._replies.in_flight
+
     def finish(self, reason: str) -> None:
         """Read nothing more, answer what is in flight, then close."""
-        if self.finishing or not self._open:
+        if self.finishing:
             return
         self.finishing = True
         self.reason = reason
-        self._read_off()
-        self._full = False
-        self._drop_large()
-        self._schedule_flush()
+        self._loop.remove_reader(self._socket)
+        if self._large is not None:  # its payload will not come, and the array has not seen it
+            request, buffer = self._large
+            self._large = None
+            buffer.release()
+            self._replies.give_back(1, request.length_bytes)
+        self._replies.schedule_flush()
 
     def abort(self, reason: str) -> None:
-        """Close at once. What is in flight comes back from the array all the same."""
-        if not self._open:
-            return
-        self.reason = self.reason or reason
-        self.finishing = True
-        self._open = False
-        self._read_off()
-        self._drop_large()
-        if self._blocked:
-            self._blocked = False
-            self._loop.remove_writer(self._socket)
-        self._socket.close()
-        self._schedule_flush()
+        """Close at once."""
+        self.finish(reason)
+        self._replies.close()
+        self._close()
 
-    # Receiving
+    def _close(self) -> None:
+        if self._open:
+            self._open = False
+            self._socket.close()
 
-    def _read_on(self) -> None:
-        if not self._reading:
-            self._reading = True
-            self._loop.add_reader(self._socket, self._readable)
-
-    def _read_off(self) -> None:
-        if self._reading:
-            self._reading = False
-            self._loop.remove_reader(self._socket)
+    def _after_flush(self) -> None:
+        replies = self._replies
+        if replies.error is not None and self._open:
+            self.abort(f"sending failed: {replies.error}")
+        if self.finishing and replies.idle and not self._told:
+            self._told = True
+            self._close()
+            self._closed(self)
 
     def _readable(self) -> None:
         try:
-            if self._large_buffer is not None:
-                filled = self._large_filled_bytes
-                length = self._large.length_bytes if self._large is not None else 0
-                count = self._socket.recv_into(self._large_buffer.view[filled:length])
-                self._large_filled_bytes = filled + count
+            if self._large is not None:
+                request, buffer = self._large
+                count = self._socket.recv_into(buffer.view[self._large_filled_bytes : request.length_bytes])
+                self._large_filled_bytes += count
             else:
                 end = self._end
-                view = self._view if not end else self._view[end:]
-                count = self._socket.recv_into(view, min(self._window_bytes, RECEIVE_BYTES - end))
+                room_bytes = min(self._window_bytes, RECEIVE_BYTES - end)
+                count = self._socket.recv_into(self._view[end:] if end else self._view, room_bytes)
                 self._end = end + count
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
             self.abort(f"receiving failed: {error}")
             return
-        if not count:
+        if count:
+            self._take_in()
+        else:
             self.finish("the client closed the connection")
-            return
-        self._take_in()
 
     def _take_in(self) -> None:
-        # Whatever is answered within `submit` is sent here, at once.
-        self._flush_due = True
+        """Use up what has arrived, and send at once what is answered within `submit`."""
+        if self.finishing:
+            return
+        self._replies.hold_flush()
         try:
-            self._advance()
+            if self._handshake is not None:
+                self._negotiate(self._handshake)
+            if self._large is not None:
+                self._take_large()
+            elif self._handshake is None:
+                self._take_requests()
+            self._keep_rest()
         except BadBytes as error:
             self.finish(error.message)
-        self._flush()
-
-    def _resume(self) -> None:
-        if self._full and not self.finishing:
-            self._full = False
-            self._read_on()
-            self._take_in()
-
-    def _advance(self) -> None:
-        """Use up what has arrived: skip, negotiate, or parse and submit. Raises BadBytes for a lost stream."""
-        if self._large is not None:
-            if self._large_filled_bytes < self._large.length_bytes:
-                return
-            request = self._large
-            self._large = self._large_buffer = None
-            self._window_bytes = AFTER_LARGE_BYTES
-            self.in_flight += 1
-            self._volume.submit([request])
-            return
-        if self._handshake is not None:
-            self._negotiate(self._handshake)
-        while self._start < self._end and self._handshake is None and not self.finishing:
-            if self._skip_bytes:
-                skipped = min(self._skip_bytes, self._end - self._start)
-                self._skip_bytes -= skipped
-                self._start += skipped
-                continue
-            self._window_bytes = RECEIVE_BYTES
-            parsed, start, self._full = self._parser.parse(
-                self._buffer,
-                self._start,
-                self._end,
-                REQUESTS_MAX - self._requests,
-                BUFFERED_MAX_BYTES - self._buffered_bytes,
-            )
-            self._start = min(start, self._end)
-            if parsed:
-                self._submit(parsed)
-            if self._full:
-                self._read_off()
-                return
-            if not parsed:
-                break
-        if self._start == self._end:
-            self._start = self._end = 0
-        elif self._start:
-            left = self._end - self._start
-            self._view[:left] = self._view[self._start : self._end]
-            self._start, self._end = 0, left
+        self._replies.flush()
 
     def _negotiate(self, handshake: Handshake) -> None:
         while not handshake.over:
-            start, reply = handshake.feed(self._buffer, self._start, self._end)
-            if reply:
-                self._out.append(reply)
+            start, answer = handshake.feed(self._buffer, self._start, self._end)
+            if answer:
+                self._replies.say(answer)
             if start == self._start:
                 return
             self._start = start
         if handshake.phase is Phase.ENDED:
             self.finish("the client ended the negotiation")
             return
-        self._structured = handshake.structured
-        self._parser = RequestParser(self._export, self._structured)
+        self._replies.structured = handshake.structured
+        self._parser = RequestParser(self._export, handshake.structured)
         self._handshake = None
+
+    def _take_large(self) -> None:
+        if self._large is not None and self._large_filled_bytes == self._large[0].length_bytes:
+            request, _ = self._large
+            self._large = None
+            self._window_bytes = AFTER_LARGE_BYTES
+            self._replies.in_flight += 1
+            self._volume.submit([request])
+
+    def _take_requests(self) -> None:
+        """Skip, parse and submit. Raises BadBytes for a lost stream."""
+        replies = self._replies
+        while self._start < self._end and not self.finishing:
+            if self._skip_bytes:
+                skipped = min(self._skip_bytes, self._end - self._start)
+                self._skip_bytes -= skipped
+                self._start += skipped
+                continue
+            self._window_bytes = RECEIVE_BYTES
+            parsed, start, full = self._parser.parse(
+                self._buffer,
+                self._start,
+                self._end,
+                REQUESTS_MAX - replies.requests,
+                min(BUFFERED_MAX_BYTES - replies.buffered_bytes, self._budget.room_bytes),
+            )
+            self._start = min(start, self._end)
+            if parsed:
+                self._submit(parsed)
+            if full and not self.finishing:
+                self._stop_reading()
+                return
+            if not parsed:
+                return
+
+    def _stop_reading(self) -> None:
+        """The next request waits in the buffer until there is room."""
+        self._full = True
+        self._loop.remove_reader(self._socket)
+        self._budget.wait(self._look_again)
+
+    def _look_again(self) -> None:
+        """Somebody gave back: what is in the buffer may fit now; if it does, read on."""
+        if self.finishing:
+            return
+        self._full = False
+        self._take_in()
+        if not (self._full or self.finishing):
+            self._loop.add_reader(self._socket, self._readable)
+
+    def _keep_rest(self) -> None:
+        if self._start == self._end:
+            self._start = self._end = 0
+        elif self._start:
+            left_bytes = self._end - self._start
+            self._view[:left_bytes] = self._view[self._start : self._end]
+            self._start, self._end = 0, left_bytes
 
     def _submit(self, parsed: list[Parsed]) -> None:
         """Make requests of a batch and hand them to the array, all at once."""
         batch: list[Request] = []
+        replies = self._replies
+        replies.requests += len(parsed)
+        buffered_before = replies.buffered_bytes
         take = self._volume.pool.take
-        self._requests += len(parsed)
         for command, flags, cookie, offset, length, payload, error in parsed:
-            if command == _DISC:
-                self._requests -= 1
-                self.finish("the client disconnected")
+            if error or (command <= _WRITE and not length):
+                self._answer_at_once(command, cookie, length, payload, error)
                 continue
-            have = self._end - payload if command == _WRITE else length
-            if error:
-                if have < length:
-                    self._skip_bytes = length - have
-                self._refuse(command, cookie, error, "refused by its command, flags, offset or length")
+            if command > _WRITE:
+                batch += self._without_data(command, flags, cookie, offset, length)
                 continue
-            if not length and command != Command.FLUSH:
-                self._answer_nothing(command, cookie)
+            try:
+                buffer = take(length)
+            except (MemoryError, Refused):
+                self._answer_at_once(command, cookie, length, payload, NbdError.ENOMEM)
                 continue
-            buffer: Buffer | None = None
-            if command <= _WRITE:
-                try:
-                    buffer = take(length)
-                except MemoryError:
-                    if have < length:
-                        self._skip_bytes = length - have
-                    self._refuse(command, cookie, NbdError.ENOMEM, "no memory for a buffer")
-                    continue
-                self._buffered_bytes += length
+            replies.buffered_bytes += length
             if command == _READ:
-                batch.append(Request(_KIND_READ, offset, length, buffer, self, cookie))
-            elif command == _WRITE:
-                assert buffer is not None
-                request = Request(_KIND_WRITE, offset, length, buffer, self, cookie, bool(flags & _FUA))
-                if have < length:
-                    buffer.view[:have] = self._view[payload : self._end]
-                    self._large, self._large_buffer, self._large_filled_bytes = request, buffer, have
-                    continue
+                batch.append(Request(_KIND_READ, offset, length, buffer, replies, cookie))
+                continue
+            request = Request(_KIND_WRITE, offset, length, buffer, replies, cookie, bool(flags & _FUA))
+            here = self._end - payload
+            if here < length:
+                buffer.view[:here] = self._view[payload : self._end]
+                self._large, self._large_filled_bytes = (request, buffer), here
+            else:
                 buffer.view[:length] = self._view[payload : payload + length]
                 batch.append(request)
-            else:
-                fua, no_hole = bool(flags & _FUA), bool(flags & _NO_HOLE)
-                whole = Request(_KINDS[command], offset, length, None, self, cookie, fua, no_hole)
-                pieces = _pieces(whole)
-                self.in_flight += 1 - len(pieces)
-                batch += pieces
+        self._budget.room_bytes -= replies.buffered_bytes - buffered_before
         if batch:
-            self.in_flight += len(batch)
+            replies.in_flight += len(batch)
             self._volume.submit(batch)
 
-    # Answering
+    def _answer_at_once(self, command: int, cookie: int, length: int, payload: int, error: int) -> None:
+        """What the array never sees: refused, or of no bytes. A refused payload is skipped."""
+        if not error:
+            self._replies.nothing(command == _READ, cookie)
+            return
+        if command == _WRITE and payload + length > self._end:
+            self._skip_bytes = payload + length - self._end
+        text = "no memory" if error == NbdError.ENOMEM else "the flags, offset or length are not allowed here"
+        self._replies.refuse(command == _READ, cookie, error, text)
 
-    def completed(self, request: Request) -> None:
-        """The array has answered `request`: collect its reply. See `Owner`."""
-        self.in_flight -= 1
-        self._out_requests += 1
-        buffer = request.buffer
-        if buffer is None:
-            self._out.append(
-                _pack_reply(SIMPLE_REPLY_MAGIC, request.error and nbd_error(request.error), request.cookie)
-            )
-        else:
-            length = request.length_bytes
-            self._out_bytes += length
-            if request.error:
-                buffer.release()
-                self._out.append(
-                    self._error_reply(request.kind, request.cookie, nbd_error(request.error), "I/O error")
-                )
-            elif request.kind == _KIND_READ:
-                if self._structured:
-                    self._out.append(data_chunk(request.cookie, request.offset_bytes, length))
-                else:
-                    self._out.append(_pack_reply(SIMPLE_REPLY_MAGIC, 0, request.cookie))
-                self._out.append(buffer.view[:length])
-                self._out_buffers.append(buffer)
-            else:
-                buffer.release()
-                self._out.append(_pack_reply(SIMPLE_REPLY_MAGIC, 0, request.cookie))
-        if not self._flush_due:
-            self._schedule_flush()
-
-    def _refuse(self, command: int, cookie: int, error: int, text: str) -> None:
-        self._out_requests += 1
-        self._out.append(self._error_reply(command, cookie, error, text))
-
-    def _answer_nothing(self, command: int, cookie: int) -> None:
-        """No bytes asked, none given: done, and nothing for the array to do."""
-        self._out_requests += 1
-        structured = self._structured and command == _READ
-        self._out.append(empty_chunk(cookie) if structured else simple_reply(cookie, 0))
-
-    def _error_reply(self, command: int, cookie: int, error: int, text: str) -> bytes:
-        if self._structured and command == _READ:
-            return error_chunk(cookie, error, text)
-        return simple_reply(cookie, error)
-
-    def _schedule_flush(self) -> None:
-        if not self._flush_due:
-            self._flush_due = True
-            self._loop.call_soon(self._flush)
-
-    def _flush(self) -> None:
-        """Send what was collected; find out whether this was the end."""
-        self._flush_due = False
-        if self._open and not self._blocked:
-            self._send()
-        if self.finishing and not self.in_flight:
-            if self._open and not self._out and not self._sending:
-                self._open = False
-                self._socket.close()
-            if not self._open:
-                self._free_sending()
-                self._next_group()
-                self._free_sending()
-                if not self._told:
-                    self._told = True
-                    self._closed(self)
-        elif not self._open:
-            self._free_sending()
-            self._next_group()
-            self._free_sending()
-
-    def _send(self) -> None:
-        while True:
-            if not self._sending:
-                if not self._out:
-                    return
-                self._next_group()
-            try:
-                self._sent(self._socket.sendmsg(self._sending[:VECTORS_MAX]))
-            except (BlockingIOError, InterruptedError):
-                self._blocked = True
-                self._loop.add_writer(self._socket, self._writable)
-                return
-            except OSError as error:
-                self.abort(f"sending failed: {error}")
-                return
-
-    def _writable(self) -> None:
-        self._blocked = False
-        self._loop.remove_writer(self._socket)
-        self._flush()
-
-    def _next_group(self) -> None:
-        self._sending, self._out = self._out, []
-        self._sending_buffers, self._out_buffers = self._out_buffers, []
-        self._sending_requests, self._out_requests = self._out_requests, 0
-        self._sending_bytes, self._out_bytes = self._out_bytes, 0
-
-    def _sent(self, count: int) -> None:
-        """The kernel took `count` bytes of the group: forget them, and the group when it is done."""
-        done = 0
-        sending = self._sending
-        for piece in sending:
-            length = len(piece)
-            if count < length:
-                if count:
-                    sending[done] = memoryview(piece)[count:]
-                break
-            count -= length
-            done += 1
-        if done < len(sending):
-            del sending[:done]
-        else:
-            self._free_sending()
-
-    def _free_sending(self) -> None:
-        self._sending = []
-        for buffer in self._sending_buffers:
-            buffer.release()
-        self._sending_buffers = []
-        self._requests -= self._sending_requests
-        self._buffered_bytes -= self._sending_bytes
-        self._sending_requests = self._sending_bytes = 0
-        if self._full:
-            self._loop.call_soon(self._resume)
-
-    def _drop_large(self) -> None:
-        """Give up a write whose payload did not come; the array never saw it."""
-        if self._large is not None and self._large_buffer is not None:
-            self._large_buffer.release()
-            self._requests -= 1
-            self._buffered_bytes -= self._large.length_bytes
-            self._large = self._large_buffer = None
+    def _without_data(self, command: int, flags: int, cookie: int, offset: int, length: int) -> list[Request]:
+        """What DISC, FLUSH, TRIM and WRITE_ZEROES give the array to do."""
+        replies = self._replies
+        if command == _DISC:
+            replies.requests -= 1
+            self.finish("the client disconnected")
+            return []
+        if not length and command != _FLUSH:
+            replies.nothing(False, cookie)
+            return []
+        fua, no_hole = bool(flags & _FUA), bool(flags & _NO_HOLE)
+        whole = Request(_KINDS[command], offset, length, None, replies, cookie, fua, no_hole)
+        if length <= MAXIMUM_BLOCK_BYTES:
+            return [whole]
+        pieces = _pieces(whole)
+        replies.in_flight -= len(pieces) - 1  # only the whole is completed there
+        return pieces
 
 
 class _Pieces:
@@ -470,22 +338,20 @@ class _Pieces:
 
 
 def _pieces(whole: Request) -> list[Request]:
-    """What the array gets for `whole`: requests without data may be 4 GiB long, an array sees 32 MiB at most."""
-    length = whole.length_bytes
-    if length <= MAXIMUM_BLOCK_BYTES:
-        return [whole]
-    steps = range(0, length, MAXIMUM_BLOCK_BYTES)
-    owner: Owner = _Pieces(whole, len(steps))
+    """A request without data may be 4 GiB long; an array sees MAXIMUM_BLOCK_BYTES at most."""
+    end = whole.offset_bytes + whole.length_bytes
+    offsets = range(whole.offset_bytes, end, MAXIMUM_BLOCK_BYTES)
+    owner: Owner = _Pieces(whole, len(offsets))
     return [
         Request(
             whole.kind,
-            whole.offset_bytes + step,
-            min(MAXIMUM_BLOCK_BYTES, length - step),
+            offset,
+            min(MAXIMUM_BLOCK_BYTES, end - offset),
             None,
             owner,
             whole.cookie,
             whole.fua,
             whole.no_hole,
         )
-        for step in steps
+        for offset in offsets
     ]
