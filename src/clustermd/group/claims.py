@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 
 from clustermd.device.direct import claim_exclusive, identity
 from clustermd.device.in_use import in_use_by_kernel
@@ -37,8 +38,8 @@ class Claims:
                 if identity(path) != (device, inode):
                     raise DeviceRefused(
                         "device-changed",
-                        f"{path} is not the file or device node any more that the array opened (it was replaced): "
-                        "put the old one back under this name",
+                        f"{path} is not the file or device node any more that the array opened "
+                        "(it was replaced): put the old one back under this name",
                         path=path,
                     )
                 if stat.S_ISBLK(os.stat(path).st_mode) and device in self._kept:
@@ -68,11 +69,16 @@ class Claims:
             # mounted device cannot have been claimed
             if device in self._kept:
                 self._kept[device][1].add(owner)
+        used = {device for _, device, _ in witness.paths}
+        self._drop(lambda number, kept: kept == owner and number not in used)
 
     def drop(self, incarnation: int, key: str | None = None) -> None:
         """`incarnation` (or only its witness `key`) uses its devices no more."""
+        self._drop(lambda _, owner: owner[0] == incarnation and key in (None, owner[1]))
+
+    def _drop(self, gone: Callable[[int, tuple[int, str]], bool]) -> None:
         for number, (descriptor, owners) in list(self._kept.items()):
-            owners -= {owner for owner in owners if owner[0] == incarnation and key in (None, owner[1])}
+            owners -= {owner for owner in owners if gone(number, owner)}
             if not owners:
                 os.close(descriptor)
                 del self._kept[number]

@@ -38,7 +38,7 @@ def encode(frame: Frame) -> bytes:
     if len(body) > MAX_FRAME_BYTES:
         raise Refused(
             "frame-too-large",
-            f"a {frame[0]!r} frame of {len(body)} bytes is larger than the {MAX_FRAME_BYTES} bytes a link carries",
+            f"a {frame[0]!r} frame has {len(body)} bytes, a link carries {MAX_FRAME_BYTES} at most",
             length_bytes=len(body),
         )
     return _LENGTH.pack(len(body)) + body

@@ -64,8 +64,8 @@ class Incarnations:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadBytes(
                 "bad-incarnations",
-                f"{self._path} cannot be read ({error}), so nobody knows whose writes may still be on their way: "
-                "end all processes of this cluster, then remove it",
+                f"{self._path} cannot be read ({error}), so nobody knows whose writes may still be on their "
+                "way: end all processes of this cluster, then remove it",
                 path=str(self._path),
             ) from None
 

@@ -1,7 +1,7 @@
 """The process group of one machine, as a member has it: a client of the sequencer.
 
-`connect` finds the sequencer or starts it and learns this node's number; `join` begins the membership. A message
-that was delivered is in the order's log, so it is stable at once.
+`connect` finds the sequencer or starts it and learns this node's number; `join` begins the membership. A
+message that was delivered is in the order's log, so it is stable at once.
 
 When the sequencer dies the member reads from the log what it had not been told yet, hears a view that
 is not quorate ("frozen"), finds or starts a new sequencer by itself and rejoins as the same incarnation.
@@ -90,7 +90,7 @@ class LocalGroup:
         if len(payload) > self.max_payload:
             raise Refused(
                 "payload-too-large",
-                f"a message of {len(payload)} bytes is larger than the {self.max_payload} bytes the group carries",
+                f"a message has {len(payload)} bytes, the group carries {self.max_payload} at most",
             )
         if len(self._unordered) >= QUEUE_LIMIT:
             raise Busy(f"{QUEUE_LIMIT} messages wait to be ordered")

@@ -51,7 +51,8 @@ class OrderLog:
         if len(records) < 2 or records[0][:2] != [_MAGIC, _VERSION] or len(records[0]) != 3:
             raise BadBytes(
                 "bad-order-log",
-                f"{self._path} is no order log of this version: end all processes of this cluster, then remove it",
+                f"{self._path} is no order log of this version: "
+                "end all processes of this cluster, then remove it",
                 path=str(self._path),
             )
         order = Order.from_base(records[1])

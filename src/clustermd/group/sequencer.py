@@ -10,10 +10,7 @@ processes drain by themselves and are killed only after `unresponsive_s` (`group
 A new sequencer reads its predecessor's log and list of living incarnations and is *recovering*: it
 orders nothing until each former incarnation has rejoined or is proved dead. One that neither rejoins nor ends
 within `unresponsive_s` is killed. Then comes the first view of the new life, with the dead as lost, each
-followed by its fencing.
-
-The links speak frames. Lockd: hello, join, send, witness, withdraw, leave, status, ping, pong. Sequencer: welcome,
-expelled, the events of `group.order`, ok, refused, status, ping, pong.
+followed by its fencing. What the links say is in `group.sequencer_protocol`.
 """
 
 from __future__ import annotations
@@ -258,8 +255,8 @@ class Sequencer:
                 if len(held) < len(witness.paths):
                     raise DeviceRefused(
                         "witness-not-held",
-                        f"process {witness.pid} does not hold its lock at byte {witness.offset} of every disk: "
-                        "it must take the locks before it registers them",
+                        f"process {witness.pid} does not hold its lock at byte {witness.offset} of "
+                        "every disk: it must take the locks before it registers them",
                     )
                 record = self._incarnations.living.get(incarnation)
                 if record is None or incarnation in self._endings:

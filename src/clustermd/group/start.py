@@ -42,9 +42,9 @@ async def connect_or_start(
 ) -> T:
     """What `attempt` returns, after starting `module` as often as it takes.
 
-    `attempt` raises FileNotFoundError, ConnectionRefusedError or ConnectionResetError when no daemon answers. Raises
-    Refused ("not-running") when it may not be started, ("daemon-failed") with the end of its log when
-    it ends, or does not listen within `deadline_s`.
+    `attempt` raises FileNotFoundError, ConnectionRefusedError or ConnectionResetError when no daemon
+    answers. Raises Refused ("not-running") when it may not be started, ("daemon-failed") with the end of
+    its log when it ends, or does not listen within `deadline_s`.
     """
     end_s = clock.monotonic_s() + deadline_s
     while True:
@@ -80,7 +80,7 @@ async def start_daemon(module: str, rundir: RunDir, log: Path, deadline_s: float
     environment[_READY_VARIABLE] = str(_READY_FD)
     reader, writer = os.pipe()
     try:
-        pid = os.posix_spawn(
+        pid = os.posix_spawn(  # noqa: ASYNC221 - returns as soon as the child has its memory
             sys.executable,
             [sys.executable, "-m", module],
             environment,

@@ -1,0 +1,213 @@
+"""A process's connection to its node's lockd, which it starts when none runs.
+
+`connect` gives a `LockdConnection` with the lock manager's `session`. The order at a start of I/O is: open the disks,
+take their witness locks, `register` the witness, then write; at its end: close the disks, then
+`close`. When the lockd dies, or says that its life is over, the session is lost with all its locks
+(`Session.on_lost`): the process must shut its gate, drain and let go of its disks by itself within
+`unresponsive_s`, else it is killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from clustermd.clock import Clock, SystemClock
+from clustermd.dlm.session import Session
+from clustermd.errors import ClusterLost, DeviceRefused, Refused
+from clustermd.group.frames import Frame, FrameLink, bad_frame, open_link
+from clustermd.group.process_group import Witness
+from clustermd.group.start import connect_or_start
+from clustermd.lockd.protocol import LOCKD_MODULE, PROTOCOL
+from clustermd.rundir import RunDir
+
+
+class LockdConnection:
+    """A welcomed session. Made by `connect`.
+
+    `node` is this node's number, `name` its name, `incarnation` the life of its lockd, `number` this
+    session's; `lost` is why it ended, empty while it lives.
+    """
+
+    def __init__(self) -> None:
+        self.node = 0
+        self.name = ""
+        self.incarnation = 0
+        self.number = 0
+        self.lost = ""
+        self.session = Session(self._send_dlm)
+        self._link: FrameLink | None = None
+        self._welcomed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting = ""
+        self._call = asyncio.Lock()
+        self._answer: asyncio.Future[None] | None = None
+        self._statuses: list[asyncio.Future[dict[str, Any]]] = []
+        self._lost_listeners: list[Callable[[str], None]] = []
+
+    async def register(self, witness: Witness) -> None:
+        """Make durable what proves the end of this process's I/O; its locks must be held already.
+
+        The same key again replaces what was registered. Raises DeviceRefused ("device-busy",
+        "witness-not-held" ...), ClusterLost. Waits while the group is frozen.
+        """
+        await self._ask("witness", witness.to_wire())
+
+    async def status(self) -> dict[str, Any]:
+        """The cluster as this node's lockd knows it (`lockd.daemon.Lockd.status`). Raises ClusterLost."""
+        link = self._alive()
+        answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._statuses.append(answer)
+        link.send("status")
+        return await answer
+
+    async def close(self) -> None:
+        """End the session cleanly; the locks it has go with it. The disks must be closed.
+
+        Raises Refused ("witness-held") when they are not. Does nothing when the session is lost.
+        """
+        if self.lost:
+            return
+        try:
+            await self._ask("goodbye")
+        except ClusterLost:
+            return
+        self.lost = "closed"
+        if self._link is not None:
+            self._link.close()
+
+    def abort(self) -> None:
+        """Drop the connection without goodbye, as a death of this process would."""
+        if self._link is not None:
+            self._link.fail("dropped")
+
+    def on_lost(self, listener: Callable[[str], None]) -> None:
+        """Call `listener(reason)` when the session is lost, after `Session.on_lost`."""
+        self._lost_listeners.append(listener)
+
+    # --- the link
+
+    async def _open(self, rundir: RunDir, label: str) -> None:
+        self._link = await open_link(rundir.lockd_socket, self._frame, self._ended)
+        self._link.send("hello", {"version": PROTOCOL, "label": label})
+        try:
+            await self._welcomed
+        except BaseException:
+            self._link.close()
+            raise
+
+    def _frame(self, link: FrameLink, frame: Frame) -> None:
+        match frame:
+            case ["dlm", list(inner)]:
+                self.session.on_frame(inner)
+            case ["ping", int(number)]:
+                link.send("pong", number)
+            case ["pong", int()]:
+                pass
+            case ["suspended", str(reason)]:
+                self.session.on_suspended(reason)
+            case ["resumed"]:
+                self.session.on_resumed()
+            case ["status", dict(state)] if self._statuses:
+                answer = self._statuses.pop(0)
+                if not answer.done():
+                    answer.set_result(state)
+            case ["witness-ok"] | ["bye"]:
+                self._answered(None)
+            case ["refused", str(code), str(message), dict(data)]:
+                kind = (
+                    Refused if code in ("witness-held", "not-your-witness", "not-a-member") else DeviceRefused
+                )
+                self._answered(kind(code, message, **data))
+            case ["waiting", str(reason)]:
+                self._waiting = reason
+            case [
+                "welcome",
+                {
+                    "node": int(node),
+                    "name": str(name),
+                    "incarnation": str(incarnation),
+                    "session": int(number),
+                    "suspended": str(suspended),
+                },
+            ] if not self._welcomed.done():
+                self.node, self.name, self.number = node, name, number
+                self.incarnation = int(incarnation, 16)
+                self._welcomed.set_result(None)
+                if suspended:
+                    self.session.on_suspended(suspended)
+            case _:
+                raise bad_frame(f"lockd says {frame[0]!r} in a way this process does not know")
+
+    def _ended(self, link: FrameLink, reason: str) -> None:
+        if not self._welcomed.done():
+            self._welcomed.set_exception(ConnectionResetError(reason))
+            return
+        self.lost = f"the connection to this node's lockd ended: {reason}"
+        error = ClusterLost("lockd-lost", self.lost)
+        self._answered(error)
+        for answer in self._statuses:
+            if not answer.done():
+                answer.set_exception(error)
+        self.session.on_lost(self.lost)
+        for listener in self._lost_listeners:
+            listener(self.lost)
+
+    def _alive(self) -> FrameLink:
+        if self.lost or self._link is None:
+            raise ClusterLost("lockd-lost", self.lost or "not connected to this node's lockd")
+        return self._link
+
+    def _send_dlm(self, frame: list[Any]) -> None:
+        self._alive().send("dlm", frame)
+
+    async def _ask(self, *frame: Any) -> None:
+        async with self._call:
+            link = self._alive()
+            self._answer = asyncio.get_running_loop().create_future()
+            link.send(*frame)
+            await self._answer
+
+    def _answered(self, error: Refused | None) -> None:
+        if self._answer is None or self._answer.done():
+            return
+        if error is None:
+            self._answer.set_result(None)
+        else:
+            self._answer.set_exception(error)
+
+
+async def connect(
+    rundir: RunDir,
+    label: str,
+    *,
+    start: bool = True,
+    timeout_s: float | None = None,
+    clock: Clock | None = None,
+) -> LockdConnection:
+    """A session of `rundir.node`'s lockd, shown to people as `label` ("array md0").
+
+    Starts the lockd (and that the sequencer) unless `start` is False. Waits for the node to join the group,
+    without bound unless `timeout_s` is given. Raises Refused ("not-running", "daemon-failed",
+    "group-not-ready" with what it waits for).
+    """
+    tried: list[LockdConnection] = []
+
+    async def attempt() -> LockdConnection:
+        connection = LockdConnection()
+        tried.append(connection)
+        await connection._open(rundir, label)
+        return connection
+
+    log = rundir.node_dir / "lockd.log"
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await connect_or_start(
+                attempt, LOCKD_MODULE, rundir, log, clock or SystemClock(), start=start
+            )
+    except TimeoutError:
+        waiting = tried[-1]._waiting if tried else ""
+        raise Refused(
+            "group-not-ready",
+            f"{rundir.node} is not in its cluster after {timeout_s:g} s: {waiting or 'its lockd does not answer'}",
+        ) from None
