@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", 'needs(*what): "root", "loop", "fuse" or the name of a program this test cannot do without'
+        "markers", 'needs(*what): "root", "loop", "fuse", "throttle" or a program this test cannot do without'
     )
 
 
@@ -51,12 +51,24 @@ def lack_of(what: str) -> str | None:
     if what == "fuse":
         usable = os.access("/dev/fuse", os.R_OK | os.W_OK) and shutil.which("fusermount3") is not None
         return None if usable else "needs FUSE: /dev/fuse and fusermount3 (Debian package fuse3)"
+    if what == "throttle":
+        group = Path("/sys/fs/cgroup")
+        usable = (group / "blkio/cgroup.procs").exists() or "io" in read(group / "cgroup.controllers").split()
+        return (
+            None
+            if usable and os.geteuid() == 0
+            else "needs the block I/O controller of control groups, and root"
+        )
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     return (
         None
         if shutil.which(what, path=path)
         else f"needs the program {what} (see DEBIAN_PACKAGES in the Makefile)"
     )
+
+
+def read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
 
 
 def goldens_directory() -> Path | None:

@@ -15,8 +15,7 @@ from clustermd.device import witness
 from clustermd.errors import BadBytes
 from clustermd.ondisk.bitmap_bits import BitmapGeometry
 from clustermd.ondisk.bitmap_superblock import HEADER_BYTES, BitmapSuperblock
-from clustermd.ondisk.find import find
-from clustermd.ondisk.superblock import Superblock
+from clustermd.ondisk.superblock import Superblock, find
 from clustermd.testing.judge import compare_halves
 
 _SECTOR = 512

@@ -52,14 +52,14 @@ class Load:
 
     def wait_for_records(self, count: int) -> None:
         wait_until(
-            lambda: self.records >= count or self._ended,
+            lambda: self.records >= count or not self.running,
             f"exerciser {self.number} to log {count} records",
             last_words=self.node.cluster.logs,
         )
 
     @property
-    def _ended(self) -> bool:
-        return self._program is None or self._program.poll() is not None
+    def running(self) -> bool:
+        return self._program is not None and self._program.poll() is None
 
     def stop(self) -> Report:
         """Let it finish what is in flight and return its report."""
@@ -71,7 +71,7 @@ class Load:
         """Its report, once it has ended: by itself, or because its server died."""
         assert self._program is not None
         wait_until(
-            lambda: self._ended,
+            lambda: not self.running,
             f"the end of exerciser {self.number}",
             _SETTLE_S,
             last_words=self.node.cluster.logs,

@@ -55,6 +55,13 @@ class Process:
         """Whether it runs: gone and zombie both count as dead."""
         return _state(self.pid) not in ("", "Z", "X")
 
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal; nothing happens when it has ended by itself."""
+        try:
+            os.kill(self.pid, number)
+        except ProcessLookupError:
+            pass
+
 
 class LocalCluster:
     """Several nodes in one directory. `environment` is added to that of every command."""
@@ -125,7 +132,7 @@ class LocalCluster:
     def kill(self, processes: Sequence[Process], timeout_s: float = 30.0) -> None:
         """SIGKILL to all of them at once; returns when they are gone."""
         for process in processes:
-            _signal(process.pid, signal.SIGKILL)
+            process.send(signal.SIGKILL)
         wait_until(
             lambda: not any(process.alive for process in processes), f"the end of {processes}", timeout_s
         )
@@ -238,7 +245,7 @@ class Node:
         """SIGSTOP to everything of this node, until the end of the block."""
         processes = self.processes()
         for process in processes:
-            _signal(process.pid, signal.SIGSTOP)
+            process.send(signal.SIGSTOP)
         wait_until(
             lambda: all(_state(process.pid) == "T" for process in processes), f"{self.name} to stand still"
         )
@@ -246,7 +253,7 @@ class Node:
             yield
         finally:
             for process in processes:
-                _signal(process.pid, signal.SIGCONT)
+                process.send(signal.SIGCONT)
 
 
 def _processes_of(run_directory: Path) -> list[Process]:
@@ -292,10 +299,3 @@ def _state(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
         return ""
-
-
-def _signal(pid: int, number: signal.Signals) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        pass  # ended by itself
