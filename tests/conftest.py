@@ -1,12 +1,11 @@
-"""What all tests share: what they need of the machine, and where the golden images are.
+"""What all tests share: saying what they need of the machine.
 
 A test that needs root, FUSE, a loop device or a program says so:
 
     @pytest.mark.needs("root", "loop", "fio")
 
 Where the machine lacks it the test is skipped with a line that says why. With `CI` set in the
-environment such a skip is a failure: a test nobody runs proves nothing. Golden images are no part
-of the repository; without them the tests that read them are skipped everywhere.
+environment such a skip is a failure: a test nobody runs proves nothing.
 """
 
 from __future__ import annotations
@@ -16,8 +15,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -69,19 +66,3 @@ def lack_of(what: str) -> str | None:
 
 def read(path: Path) -> str:
     return path.read_text() if path.exists() else ""
-
-
-def goldens_directory() -> Path | None:
-    """Where the golden images are: $CLUSTERMD_GOLDENS, else shared/goldens beside the repository."""
-    given = os.environ.get("CLUSTERMD_GOLDENS")
-    path = Path(given) if given else REPOSITORY.parent / "shared" / "goldens"
-    return path if path.is_dir() else None
-
-
-@pytest.fixture(scope="session")
-def goldens() -> Path:
-    """The directory of golden images; skips the test where there is none."""
-    path = goldens_directory()
-    if path is None:
-        pytest.skip("no golden images: set CLUSTERMD_GOLDENS to their directory")
-    return path

@@ -8,19 +8,21 @@ resync or a recovery, degraded. What must hold after assembly and stop, from eac
   pattern that `expect.json` allows;
 - their superblocks agree on roles and events, all slots are clear unless the array is degraded, and
   the real `mdadm -E` and `-X` say the same.
+
+The images are no part of the repository: `CLUSTERMD_GOLDENS` names their directory.
 """
 
 from __future__ import annotations
 
 import json
 import lzma
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from cluster_kit import mdadm_dirty_bits, mdadm_examine
-from conftest import goldens_directory
 
 from clustermd.ondisk.superblock import ROLE_FAULTY, ROLE_LIMIT
 from clustermd.testing.blocks import BLOCK_BYTES
@@ -35,16 +37,18 @@ PATTERN_LINE_BYTES = 32
 RECOVERY_S = 40
 
 
+GOLDENS = Path(
+    os.environ.get("CLUSTERMD_GOLDENS") or Path(__file__).resolve().parents[2].parent / "shared" / "goldens"
+)
+
+
 def snapshots() -> list[str]:
-    """The RAID1 snapshots as case/snapshot, or one entry that will be skipped."""
-    root = goldens_directory()
-    if root is None:
-        return ["none"]
+    """The RAID1 snapshots as case/snapshot; none where there are no golden images."""
     found = []
-    for info in sorted(root.glob("*/*/info.json")):
+    for info in sorted(GOLDENS.glob("*/*/info.json")):
         levels = {member["sb"]["level"] for member in json.loads(info.read_text())["members"] if member["sb"]}
         if levels == {1}:
-            found.append(str(info.parent.relative_to(root)))
+            found.append(str(info.parent.relative_to(GOLDENS)))
     return found
 
 
@@ -114,8 +118,8 @@ def data_of(disk: Disk) -> bytes:
 
 @pytest.mark.needs("mdadm", "loop")
 @pytest.mark.parametrize("name", snapshots())
-def test_an_array_made_by_linux(cluster: LocalCluster, goldens: Path, name: str) -> None:
-    snapshot = unpack(goldens / name, cluster)
+def test_an_array_made_by_linux(cluster: LocalCluster, name: str) -> None:
+    snapshot = unpack(GOLDENS / name, cluster)
     degraded_before = len(snapshot.in_sync) + len(snapshot.recovering) < snapshot.newest.superblock.raid_disks
     node = cluster.node("node1")
     home = ["--home-cluster", CLUSTER_NAME] if snapshot.clustered else []
@@ -136,7 +140,7 @@ def test_an_array_made_by_linux(cluster: LocalCluster, goldens: Path, name: str)
     now_in_sync = sorted({*snapshot.in_sync, *snapshot.recovering})
     paths = [snapshot.paths[number] for number in now_in_sync]
     assert differing_blocks(paths) == []
-    check_content(snapshot, goldens / name, paths[0])
+    check_content(snapshot, GOLDENS / name, paths[0])
     check_metadata(paths, degraded_before)
     check_spares(snapshot, set(now_in_sync))
 
