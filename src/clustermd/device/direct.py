@@ -22,7 +22,6 @@ import stat
 import struct
 from pathlib import Path
 
-from clustermd.device.ring import PUNCH_HOLE_KEEP_SIZE
 from clustermd.device.witness import CLAIM_OFFSET, lock_byte
 from clustermd.errors import DeviceRefused
 
@@ -36,7 +35,11 @@ _STATX_DIOALIGN = 0x2000
 _STATX_DIO_OFFSET_ALIGN_AT = 0x9C
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+# f_type of statfs(2): ext4 (and ext2, ext3), xfs, btrfs, tmpfs, f2fs, gfs2, ocfs2, ceph
+_PUNCHING_FILE_SYSTEMS = frozenset(
+    (0xEF53, 0x58465342, 0x9123683E, 0x01021994, 0xF2F52010, 0x01161970, 0x7461636F, 0x00C36400)
+)
 
 
 class DirectDevice:
@@ -72,7 +75,7 @@ class DirectDevice:
         else:
             self.logical_block_bytes = 512
             self.size_sectors = info.st_size // 512
-            self.discard_zeroes = not read_only and _file_punches(fd, info.st_size)
+            self.discard_zeroes = not read_only and _file_punches(fd)
 
     def close(self) -> None:
         """Close it, once. Nothing of it may be queued or in flight: descriptor numbers are reused."""
@@ -263,10 +266,13 @@ def _direct_by_512(fd: int) -> bool:
     return True
 
 
-def _file_punches(fd: int, size_bytes: int) -> bool:
-    """Whether the file system can punch holes: tried far behind the file's end, where nothing is."""
-    beyond = (size_bytes + (2 << 20)) & ~0xFFFFF
-    return int(_libc.fallocate(fd, PUNCH_HOLE_KEEP_SIZE, beyond, 4096)) == 0
+def _file_punches(fd: int) -> bool:
+    """Whether the file's file system is known to punch holes (fallocate(2)); trying would change the file."""
+    answer = ctypes.create_string_buffer(256)
+    if _libc.fstatfs(fd, answer) != 0:
+        return False
+    magic: int = struct.unpack_from("@l", answer, 0)[0]
+    return magic & 0xFFFFFFFF in _PUNCHING_FILE_SYSTEMS
 
 
 def _block_zeroes(rdev: int) -> bool:

@@ -196,5 +196,5 @@ def _perform(request: _Request) -> int:
     except OSError as error:
         return -(error.errno or errno.EIO)
     except (ValueError, OverflowError):
-        return -errno.EINVAL
+        return -errno.EBADF if fd < 0 else -errno.EINVAL
     return -errno.EINVAL

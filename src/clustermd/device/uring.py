@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import struct
 from collections import deque
 from collections.abc import Callable
 
@@ -23,6 +24,7 @@ from clustermd.device.buffers import DEFAULT_POOL_BYTES, AlignedPool
 from clustermd.device.member_device import Buffer, BufferPool, Gate, GateState, MemberDevice, Op, Target
 from clustermd.device.ring import (
     CQE,
+    CQE_BYTES,
     FSYNC_DATASYNC,
     OP_FALLOCATE,
     OP_FSYNC,
@@ -40,7 +42,10 @@ from clustermd.device.sweep import Sweep, run_one
 ENTRIES = 2048
 COMPLETION_ENTRIES = 4096
 _RETRY_S = 0.001
+# looking a member up in its enum costs as much as packing a request
+_READ, _WRITE, _FLUSH, _DISCARD = Op.READ, Op.WRITE, Op.FLUSH, Op.DISCARD
 _FUA_FLAG = RWF_DSYNC << 32
+_NO_FD, _NO_OP = 0x7FFFFFFF << 32, 0xFF
 _DATASYNC_FLAG = FSYNC_DATASYNC << 32
 
 _Request = tuple[MemberDevice, Op, int, int, Buffer | None, int, Target, int, bool]
@@ -133,28 +138,34 @@ class UringSubmitter:
             return
         # only devices with a descriptor can be given to the kernel; others come with a submitter of their own
         fd: int = device.fd << 32  # type: ignore[attr-defined]
-        if op is Op.WRITE:
-            address = buffer.address + buffer_offset  # type: ignore[union-attr]
+        if op is _WRITE:
+            # the kernel knows addresses, not buffers: behind this one lies another request's
+            assert buffer is not None and 0 <= buffer_offset <= len(buffer.view) - length_bytes
+            address = buffer.address + buffer_offset
             fd |= OP_WRITE
             if fua:
                 length_bytes |= _FUA_FLAG
-        elif op is Op.READ:
-            address = buffer.address + buffer_offset  # type: ignore[union-attr]
+        elif op is _READ:
+            assert buffer is not None and 0 <= buffer_offset <= len(buffer.view) - length_bytes
+            address = buffer.address + buffer_offset
             fd |= OP_READ
-        elif op is Op.FLUSH:
+        elif op is _FLUSH:
             fd |= OP_FSYNC
             offset_bytes = address = 0
             length_bytes = _DATASYNC_FLAG
-        elif op is Op.DISCARD:
+        elif op is _DISCARD:
             fd |= OP_FALLOCATE
             address = length_bytes
             length_bytes = PUNCH_HOLE_KEEP_SIZE
         else:
             raise ValueError(f"{op!r} is no Op")
         slot = self._free.pop()
-        SQE.pack_into(
-            self._sqes, (tail & self._mask) * SQE_BYTES, fd, offset_bytes, address, length_bytes, slot
-        )
+        place = (tail & self._mask) * SQE_BYTES
+        try:
+            SQE.pack_into(self._sqes, place, fd, offset_bytes, address, length_bytes, slot)
+        except struct.error:
+            # a closed device, or numbers no disk has: let the kernel refuse it in its turn
+            SQE.pack_into(self._sqes, place, OP_READ | _NO_FD if fd < 0 else _NO_OP, 0, 0, 0, slot)
         self._slots[slot] = (target, tag, buffer)
         self._tail = tail + 1
 
@@ -205,12 +216,12 @@ class UringSubmitter:
             if not more:
                 break
             completions += more
+        self._in_flight -= len(completions) // CQE_BYTES
         slots, free = self._slots, self._free
         for slot, result in CQE.iter_unpack(completions):
             entry = slots[slot]
             slots[slot] = _EMPTY
             free.append(slot)
-            self._in_flight -= 1
             try:
                 entry[0].io_done(entry[1], result)
             except Exception as error:
