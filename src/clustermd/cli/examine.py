@@ -8,6 +8,7 @@ clustermd cannot run are shown too.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from clustermd.cli.units import human_size, human_size_brief, local_time, uuid_text
 from clustermd.errors import BadBytes
@@ -18,6 +19,7 @@ from clustermd.ondisk.superblock import (
     MAX_DEVICES,
     ROLE_FAULTY,
     ROLE_JOURNAL,
+    ROLE_LIMIT,
     WRITE_MOSTLY,
     FeatureMap,
     Parsed,
@@ -36,6 +38,7 @@ LEVELS = {
     6: "raid6",
     10: "raid10",
 }
+_RAID0_LAYOUTS = {0: "dangerous", 1: "original", 2: "alternate"}
 _RAID5_LAYOUTS = {
     0: "left-asymmetric",
     1: "right-asymmetric",
@@ -44,7 +47,22 @@ _RAID5_LAYOUTS = {
     4: "parity-first",
     5: "parity-last",
 }
+_RAID6_LAYOUTS = _RAID5_LAYOUTS | {
+    8: "ddf-zero-restart",
+    9: "ddf-N-restart",
+    10: "ddf-N-continue",
+    16: "left-asymmetric-6",
+    17: "right-asymmetric-6",
+    18: "left-symmetric-6",
+    19: "right-symmetric-6",
+    20: "parity-first-6",
+}
+_QUOTES = "\"'"
+_NEEDS_QUOTES = _QUOTES + " \t"
 _U64 = 1 << 64
+_IN_DEVICE_NAME = str.maketrans({" ": "_", "\t": "_", "/": "-"})
+_NOTHING_KNOWN = 1
+"""mdadm's space behind the data when it found none to compute; it prints no line then."""
 _AFTER_SUPERBLOCK = 72
 """Sectors behind a superblock that the kernel reserved for a small bitmap in former times."""
 
@@ -60,9 +78,10 @@ def read_member(read: Read, device_sectors: int) -> tuple[Parsed, BitmapSuperblo
     if not sb.has_bitmap or not 0 <= at < device_sectors:
         return parsed, None
     data = read(at, 1)
-    if int.from_bytes(data[:4], "little") != bitmap_superblock.MAGIC or len(data) < HEADER_BYTES:
+    if len(data) < HEADER_BYTES or int.from_bytes(data[:4], "little") != bitmap_superblock.MAGIC:
         return parsed, None
-    return parsed, bitmap_superblock.parse_lenient(data)
+    bitmap = bitmap_superblock.parse_lenient(data)
+    return parsed, bitmap if bitmap.uuid == sb.set_uuid else None
 
 
 def examine_text(
@@ -73,13 +92,19 @@ def examine_text(
     homehost: str = "",
     bitmap: BitmapSuperblock | None = None,
 ) -> str:
-    """`mdadm -E path`: `bitmap` is the first bitmap's superblock, None where there is none."""
+    """`mdadm -E path`: `bitmap` is the first bitmap's superblock, None where there is none.
+
+    A bitmap that the feature map promises and that isn't there is not shown, as in mdadm; the checksum,
+    which mdadm then miscounts, is that of the bytes on the disk.
+    """
     sb = parsed.superblock
+    if bitmap is None:
+        sb = replace(sb, feature_map=sb.feature_map & ~FeatureMap.BITMAP_OFFSET)
     before, after = _unused(sb, device_sectors, bitmap)
     lines = [f"{path}:"]
     add = lines.append
     add("          Magic : a92b4efc")
-    add(f"        Version : 1.{_minor(sb)}")
+    add(f"        Version : 1.{sb.minor}")
     add(f"    Feature Map : 0x{int(sb.feature_map):x}")
     add(f"     Array UUID : {uuid_text(sb.set_uuid)}")
     add(f"           Name : {sb.set_name}{_local(sb.set_name, homehost)}")
@@ -90,7 +115,7 @@ def examine_text(
     add(f"   Raid Devices : {sb.raid_disks}")
     add("")
     add(f" Avail Dev Size : {sb.data_size} sectors{human_size(sb.data_size << 9)}")
-    if sb.level > 0:
+    if sb.level != 0:
         array_bytes = _array_bytes(sb)
         if array_bytes is not None:
             add(f"     Array Size : {array_bytes >> 10} KiB{human_size(array_bytes)}")
@@ -99,11 +124,11 @@ def examine_text(
     if sb.data_offset:
         add(f"    Data Offset : {sb.data_offset} sectors")
     if sb.new_offset and sb.feature_map & FeatureMap.NEW_OFFSET:
-        add(f"     New Offset : {sb.data_offset + sb.new_offset} sectors")
+        add(f"     New Offset : {(sb.data_offset + sb.new_offset) % _U64} sectors")
     add(f"   Super Offset : {sb.super_offset} sectors")
     if sb.recovering:
         add(f"Recovery Offset : {sb.recovery_offset} sectors")
-    if not sb.feature_map & FeatureMap.NEW_OFFSET:
+    if after != _NOTHING_KNOWN and not sb.feature_map & FeatureMap.NEW_OFFSET:
         tail = f"after={after} sectors" if after >= 0 else f"after=-{-after - 1} sectors DEVICE TOO SMALL"
         add(f"   Unused Space : before={before} sectors, {tail}")
     truncated = " TRUNCATED DEVICE" if after < 0 else ""
@@ -130,7 +155,7 @@ def examine_text(
     lines += _layout(sb)
     add("")
     add(f"   Device Role : {_role(sb)}")
-    add(f"   Array State : {_array_state(sb)} ('A' == active, '.' == missing, 'R' == replacing)")
+    lines += _array_state(sb)
     return "\n".join(lines) + "\n"
 
 
@@ -164,7 +189,7 @@ def brief_text(members: Sequence[tuple[str, Superblock]], *, verbose: bool = Fal
     for found in arrays.values():
         sb = found[0][1]
         lines.append(_array_line(sb, verbose))
-        spares = sum(1 for _, member in found if _role(member) == "spare")
+        spares = sum(1 for _, member in found if not _role(member).startswith("Active"))
         detail = f"   spares={spares}" if spares else ""
         if verbose:
             detail += "   devices=" + ",".join(path for path, _ in found)
@@ -175,11 +200,10 @@ def brief_text(members: Sequence[tuple[str, Superblock]], *, verbose: bool = Fal
 
 def _array_line(sb: Superblock, verbose: bool) -> str:
     words = ["ARRAY"]
-    device = sb.set_name.split(":", 1)[-1]
-    if device:
-        words.append("/dev/md/" + device.replace(" ", "_").replace("\t", "_"))
+    if sb.set_name:
+        words.append("/dev/md/" + sb.set_name.split(":", 1)[-1].translate(_IN_DEVICE_NAME))
     level = f" level={LEVELS[sb.level]}" if verbose and sb.level in LEVELS else ""
-    line = " ".join(words) + " " + level + f" metadata=1.{_minor(sb)} "
+    line = " ".join(words) + " " + level + f" metadata=1.{sb.minor} "
     if verbose:
         line += f"num-devices={sb.raid_disks} "
     line += f"UUID={uuid_text(sb.set_uuid)}"
@@ -189,14 +213,19 @@ def _array_line(sb: Superblock, verbose: bool) -> str:
 
 
 def _quoted(text: str) -> str:
-    if not any(c in text for c in " \t\"'"):
+    """In quotes where it holds blanks or quotes; a quote of the kind in use closes it and opens the other."""
+    special = [c for c in text if c in _NEEDS_QUOTES]
+    if not special:
         return text
-    quote = "'" if '"' in text else '"'
-    return f"{quote}{text}{quote}"
-
-
-def _minor(sb: Superblock) -> int:
-    return sb.minor
+    quote = "'" if next((c for c in special if c in _QUOTES), "") == '"' else '"'
+    out = [quote]
+    for c in text:
+        if c == quote:
+            out.append(quote)
+            quote = _QUOTES[1 - _QUOTES.index(quote)]
+            out.append(quote)
+        out.append(c)
+    return "".join(out) + quote
 
 
 def _local(name: str, homehost: str) -> str:
@@ -231,7 +260,8 @@ def _unused(sb: Superblock, device_sectors: int, bitmap: BitmapSuperblock | None
         end = min(start, start + bitmap_offset)
         if log is not None:
             end = min(end, log)
-        return sb.data_offset, max(0, end - used - sb.data_offset)
+        free = end - used - sb.data_offset
+        return sb.data_offset, free if free > 0 else _NOTHING_KNOWN
     earliest = start + _AFTER_SUPERBLOCK
     if bitmap_offset > 0:
         earliest = max(earliest, bitmap_offset + (_area_sectors(bitmap) if bitmap else 8))
@@ -257,10 +287,9 @@ def _reshape(sb: Superblock) -> list[str]:
     if sb.new_level != sb.level & 0xFFFF_FFFF:
         lines.append(f"      New Level : {LEVELS.get(sb.new_level, '-unknown-')}")
     if sb.new_layout != sb.layout:
-        if sb.level == 5:
-            lines.append(f"     New Layout : {_RAID5_LAYOUTS.get(sb.new_layout, '-unknown-')}")
-        elif sb.level == 10:
-            lines.append(f"     New Layout :{_raid10_layout(sb.new_layout)}")
+        layout = _layout_text(sb.level, sb.new_layout)
+        if layout is not None:
+            lines.append(f"     New Layout :{layout}")
     if sb.new_chunk != sb.chunksize:
         lines.append(f"  New Chunksize : {sb.new_chunk // 2}K")
     lines.append("")
@@ -268,11 +297,10 @@ def _reshape(sb: Superblock) -> list[str]:
 
 
 def _layout(sb: Superblock) -> list[str]:
-    lines: list[str] = []
-    if sb.level == 5:
-        lines.append(f"         Layout : {_RAID5_LAYOUTS.get(sb.layout, '-unknown-')}")
-    elif sb.level == 10:
-        lines.append(f"         Layout :{_raid10_layout(sb.layout)}")
+    layout = _layout_text(sb.level, sb.layout)
+    if sb.level == 0 and sb.feature_map & FeatureMap.RAID0_LAYOUT:
+        layout = " " + _RAID0_LAYOUTS.get(sb.layout, "-unknown-")
+    lines = [] if layout is None else [f"         Layout :{layout}"]
     if sb.level in (0, 4, 5, 6, 10):
         lines.append(f"     Chunk Size : {sb.chunksize // 2}K")
     elif sb.level == -1:
@@ -280,14 +308,21 @@ def _layout(sb: Superblock) -> list[str]:
     return lines
 
 
+def _layout_text(level: int, layout: int) -> str | None:
+    """A layout in words, with a leading space; None where the level has none."""
+    if level == 5:
+        return " " + _RAID5_LAYOUTS.get(layout, "-unknown-")
+    if level == 6:
+        return " " + _RAID6_LAYOUTS.get(layout, "-unknown-")
+    return _raid10_layout(layout) if level == 10 else None
+
+
 def _raid10_layout(layout: int) -> str:
-    near, far, offset = layout & 255, layout >> 8 & 255, layout & 0x10000
-    text = ""
-    if near > 1:
-        text += f" near={near}"
-    if far > 1:
-        text += f" {'offset' if offset else 'far'}={far}"
-    return text or " NO REDUNDANCY"
+    near, far = layout & 255, layout >> 8 & 255
+    parts = [f" near={near}"] if near != 1 else []
+    if far != 1:
+        parts.append(f" {'offset' if layout & 0x10000 else 'far'}={far}")
+    return ",".join(parts) or "NO REDUNDANCY"
 
 
 def _role(sb: Superblock) -> str:
@@ -301,13 +336,21 @@ def _role(sb: Superblock) -> str:
     return f"Active device {role}"
 
 
-def _array_state(sb: Superblock) -> str:
-    if sb.raid_disks > MAX_DEVICES:
-        raise BadBytes(
-            "too-many-disks", f"the superblock claims {sb.raid_disks} raid disks, {MAX_DEVICES} fit"
-        )
-    holders = [0] * sb.raid_disks
+def _array_state(sb: Superblock) -> list[str]:
+    disks = sb.raid_disks
+    if sb.feature_map & FeatureMap.RESHAPE_ACTIVE and sb.delta_disks < 0:
+        disks -= sb.delta_disks
+    if disks > MAX_DEVICES:
+        raise BadBytes("too-many-disks", f"the superblock claims {disks} raid disks, {MAX_DEVICES} fit")
+    holders = [0] * disks
     for role in sb.dev_roles:
-        if role < sb.raid_disks:
+        if role < disks:
             holders[role] += 1
-    return "".join("." if n == 0 else "A" if n == 1 else "R" if n == 2 else "?" for n in holders)
+    letters = ".AR" if sb.level else ".A"
+    state = "".join(letters[n] if n < len(letters) else "?" for n in holders)
+    lines = [f"   Array State : {state} ('A' == active, '.' == missing, 'R' == replacing)"]
+    if "?" in state or any(disks < role <= ROLE_LIMIT for role in sb.dev_roles):
+        lines.append("WARNING Array state is inconsistent - each number should appear only once")
+        table = ("-" if role >= ROLE_FAULTY else str(role) for role in sb.dev_roles)
+        lines.append("".join(f" {number}:{role}" for number, role in enumerate(table)))
+    return lines

@@ -1,7 +1,9 @@
 """The text of `-X`, byte for byte as mdadm 4.2 prints it (md-cluster spec 2.11).
 
-mdadm wants a block device; files do here as well. Every slot is read within bounds that its own
-superblock and the device's size give, so a hostile count costs nothing.
+mdadm wants a block device; files do here as well. It stops at a slot that was never written (Linux
+leaves such slots on a disk that was added); all slots are shown here, as a later one may hold dirty
+bits. Every slot is read within bounds that slot 0's superblock and the device's size give, so a hostile
+count costs nothing.
 """
 
 from __future__ import annotations
@@ -11,10 +13,17 @@ from collections.abc import Sequence
 from clustermd.cli.units import human_chunk, human_size, uuid_text
 from clustermd.errors import BadBytes
 from clustermd.ondisk.bitmap_bits import BitmapGeometry
-from clustermd.ondisk.bitmap_superblock import HEADER_BYTES, BitmapState, BitmapSuperblock, parse_lenient
+from clustermd.ondisk.bitmap_superblock import (
+    HEADER_BYTES,
+    MAGIC,
+    BitmapState,
+    BitmapSuperblock,
+    parse_lenient,
+)
 from clustermd.ondisk.superblock import Read, Superblock
 
 _READ_SECTORS = 2048
+_NO_BITS = "          Bitmap : 0 bits (chunks), 0 dirty (0.0%)"
 
 
 def read_areas(read: Read, superblock: Superblock, device_sectors: int) -> list[bytes | None]:
@@ -69,14 +78,14 @@ def examine_bitmap_text(path: str, areas: Sequence[bytes | None]) -> str:
         return "\n".join(lines) + "\n"
     lines += [f"   Cluster nodes : {first.nodes}", f"    Cluster name : {first.cluster_name:<64}"]
     for slot, area in enumerate(areas):
-        if area is None:
-            lines.append(f"   Unable to read bitmap on node: {slot}")
-            continue
-        header = parse_lenient(area)
-        lines.append(f"       Node Slot : {slot}")
-        lines += _events(header)
-        lines.append(_bitmap(header, area))
+        lines += _slot(slot, area)
     return "\n".join(lines) + "\n"
+
+
+def unwritten_slots(areas: Sequence[bytes | None]) -> list[int]:
+    """Slots whose area bears no bitmap superblock: mdadm warns of those on its error output."""
+    magic = MAGIC.to_bytes(4, "little")
+    return [slot for slot, area in enumerate(areas) if area is not None and area[:4] != magic]
 
 
 def _events(header: BitmapSuperblock) -> list[str]:
@@ -98,3 +107,15 @@ def _bitmap(header: BitmapSuperblock, area: bytes) -> str:
     dirty = geometry.dirty_count(area)
     share = 100.0 * dirty / (geometry.bits or 1)
     return f"          Bitmap : {geometry.bits} bits (chunks), {dirty} dirty ({share:2.1f}%)"
+
+
+def _slot(slot: int, area: bytes | None) -> list[str]:
+    """The lines of one slot. One that was never written is shown with no bits, as mdadm does."""
+    header = None if area is None else parse_lenient(area)
+    if area is None or header is None:
+        return [f"   Unable to read bitmap on node: {slot}"]
+    try:
+        bitmap = _bitmap(header, area) if header.chunksize else _NO_BITS
+    except BadBytes:
+        return [f"   Unable to read bitmap on node: {slot}"]
+    return [f"       Node Slot : {slot}", *_events(header), bitmap]

@@ -17,9 +17,9 @@ def human_size(size_bytes: int) -> str:
 
 
 def human_size_brief(size_bytes: int) -> str:
-    """`66.06MB`: decimal units, as in `--export`; `NKB` steps below 5000 KiB."""
+    """`66.06MB`: decimal units, as in `--export`; nothing for less than 5000 KiB."""
     if size_bytes < 5000 * 1024:
-        return f"{_hundredths(size_bytes, 1000)}KB"
+        return ""
     _, decimal, letter = _step(size_bytes)
     return f"{_hundredths(size_bytes, decimal)}{letter}B"
 
