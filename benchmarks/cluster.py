@@ -80,7 +80,7 @@ def measure(target: Target, pattern: Pattern, size_bytes: int, seconds: float) -
     command = fio_command(uri, seconds, size_bytes, options=tuple(options))
     if target.file:
         command.remove(f"--uri={uri}")
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"fio on {target.name} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
