@@ -62,9 +62,9 @@ _ROWS = {
     Mode.PW: (Mode.NL, Mode.CR),
     Mode.EX: (Mode.NL,),
 }
-COMPATIBLE: frozenset[tuple[int, int]] = frozenset((int(a), int(b)) for a, row in _ROWS.items() for b in row) | {
-    pair for mode in range(-1, 6) for pair in ((-1, mode), (mode, -1))
-}
+COMPATIBLE: frozenset[tuple[int, int]] = frozenset(
+    (int(a), int(b)) for a, row in _ROWS.items() for b in row
+) | {pair for mode in range(-1, 6) for pair in ((-1, mode), (mode, -1))}
 
 
 def compatible(a: int, b: int) -> bool:

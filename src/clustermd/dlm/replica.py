@@ -1,0 +1,511 @@
+"""One lock daemon's replica: the state machine driven by a process group.
+
+Between two views all members apply the same messages in the same order. At a view they agree anew (dlm.md
+6.3): everything delivered from the view on is *held*; each member multicasts START with what it has;
+the delivery of the last START is the *install point*, the same for all. There each computes from the same
+STARTs who carries the state on (the *authority*: most entries applied), who is gone, who is new. The
+entry that says so is applied, then what was held.
+
+    away       no quorate view: nothing delivered counts, clients wait
+    starting   the STARTs of the view are being collected
+    fetching   installed by the others; our state (a newcomer) or the entries that we missed are on their way
+    live       entries are applied as they come
+    over       this state belongs to no history that goes on; the daemon must start anew (`must_restart`)
+
+A newcomer gets the state as it was at the install point. A member that missed the last entries of the
+common history, because whatever ordered them died between two deliveries, gets just these and
+applies them itself: its clients lose no completion. Somebody whose history is not a part of the authority's
+(it went on elsewhere, or was declared lost) starts anew, and all its clients' sessions are lost.
+
+What our clients ask for is numbered and kept until seen applied, and sent again after each install;
+repeats are harmless (`machine`). What gives a client more rights is shown to it only when the
+message that caused it is stable (dlm.md 6.2).
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from clustermd.dlm import report
+from clustermd.dlm.effects import Cast, Effect, RecoverDone, RecoverSlot
+from clustermd.dlm.install import Install, plan_install
+from clustermd.dlm.machine import Machine, NodeKey, chain_after
+from clustermd.dlm.messages import CONFIG, Start, decode, in_parts
+from clustermd.dlm.wire import Frame, check_client_frame, effect_frame, frame_op, pack, unpack
+from clustermd.errors import BadBytes, Refused
+from clustermd.group.process_group import Busy, Left, Member, ProcessGroup, View
+from clustermd.trace import Trace
+
+ACK_EVERY = 128
+DIGEST_EVERY = 1024
+OPS_OVERHEAD_BYTES = 64
+
+
+class ReplicaShell(Protocol):
+    """The daemon around a replica: it carries frames to clients and acts when the group or the state is lost."""
+
+    def to_session(self, session: int, frame: Frame) -> None: ...
+
+    def suspended(self, reason: str) -> None: ...
+
+    def resumed(self) -> None: ...
+
+    def must_restart(self, reason: str) -> None:
+        """The state belongs to no history that goes on: all sessions are lost, a new incarnation is needed."""
+
+
+class Phase(enum.Enum):
+    AWAY = "away"
+    STARTING = "starting"
+    FETCHING = "fetching"
+    LIVE = "live"
+    OVER = "over"
+
+
+@dataclass(slots=True)
+class _Client:
+    """A local session. `shown_after` of a queued frame is the message index that must be stable first."""
+
+    open: bool = True
+    queue: deque[tuple[int, Frame]] = field(default_factory=deque)
+
+
+_NOT_YET = 1 << 62  # the install will say which message makes these stable
+
+
+class Replica:
+    """See the module. Methods are synchronous and never block; events of the group must not be called within them."""
+
+    def __init__(self, shell: ReplicaShell, trace: Trace) -> None:
+        self._shell = shell
+        self._trace = trace
+        self._group: ProcessGroup | None = None
+        self._machine = Machine()
+        self._has_state = False
+        self._phase = Phase.AWAY
+        self._suspended = ""
+        self._over = ""
+        self._view: View | None = None
+        self._starts: dict[NodeKey, Start | None] = {}
+        self._held: list[bytes] = []
+        self._install: Install | None = None
+        self._parts: dict[int, bytes] = {}
+        self._left: set[NodeKey] = set()
+        self._fenced: dict[NodeKey, str] = {}
+        self._unfenced: set[NodeKey] = set()
+        self._index = 0
+        self._stable = -1
+        self._acks: dict[NodeKey, int] = {}
+        self._acked = 0
+        self._digests: dict[int, dict[NodeKey, bytes]] = {}
+        self._clients: dict[int, _Client] = {}
+        self._next_session = 1
+        self._next_op = 1
+        self._outbox: deque[tuple[int, Frame]] = deque()
+        self._sent_op = 0
+        self._to_send: deque[bytes] = deque()
+
+    # ---- for the daemon
+
+    @property
+    def installed(self) -> bool:
+        """Whether operations are being applied: a state, a quorate view, nothing missing."""
+        return self._phase is Phase.LIVE
+
+    def attach(self, group: ProcessGroup) -> None:
+        """Use `group`, whose events must come here."""
+        self._group = group
+
+    def open_session(self, label: str, pid: int) -> int:
+        """A new client, `label` and `pid` for people. Returns its number, by which the shell knows it."""
+        number = self._next_session
+        self._next_session += 1
+        self._clients[number] = _Client()
+        self._submit([number, "open", label, pid])
+        return number
+
+    def session_frame(self, session: int, frame: Frame) -> None:
+        """A frame from that client. A malformed one is answered "refused" and goes no further."""
+        client = self._clients.get(session)
+        try:
+            check_client_frame(frame)
+            if client is None or not client.open:
+                raise Refused("no-session", "this lock session has ended; connect again")
+        except Refused as refusal:
+            answer = ["refused", frame_op(frame), refusal.code, refusal.message, refusal.data]
+            self._shell.to_session(session, answer)
+            return
+        self._submit([session, *frame])
+
+    def session_lost(self, session: int) -> None:
+        """The client's socket ended; its I/O may be in flight. It keeps its granted locks until `session_end`."""
+        client = self._clients.get(session)
+        if client is not None and client.open:
+            client.open = False
+            client.queue.clear()
+            self._submit([session, "lost"])
+
+    def session_end(self, session: int, proof: str, clean: bool) -> None:
+        """The client is proved dead, or said goodbye (`clean`): what it holds is purged."""
+        if self._clients.pop(session, None) is not None:
+            self._submit([session, "end", proof, clean])
+
+    def status(self) -> dict[str, Any]:
+        """Who holds and awaits what, as plain JSON values (`report`)."""
+        state: dict[str, Any] = {"phase": self._phase.value, "suspended": self._suspended}
+        if self._view is not None:
+            state["waiting_for_start"] = [
+                member.name
+                for member in self._view.members
+                if self._phase is Phase.STARTING and _key(member) not in self._starts
+            ]
+        if self._over:
+            state["over"] = self._over
+        return state | report.describe(self._machine)
+
+    # ---- events of the group
+
+    def on_view(self, view: View) -> None:
+        if self._phase is Phase.OVER:
+            return
+        for member, reason in view.left:
+            if reason is Left.LEFT:
+                self._left.add(_key(member))
+            elif _key(member) not in self._fenced:
+                self._unfenced.add(_key(member))
+        self._view = view
+        self._starts = {}
+        self._held = []
+        self._install = None
+        self._parts = {}
+        self._digests = {}
+        self._to_send.clear()
+        self._stable = -1
+        for client in self._clients.values():
+            client.queue = deque((_NOT_YET, frame) for _, frame in client.queue)
+        if view.quorate and self._me in map(_key, view.members):
+            self._phase = Phase.STARTING
+            self._trace.point("dlm.start", ring=view.ring, applied=self._machine.applied)
+            self._to_send.append(pack(["start", CONFIG, list(view.ring), self._start().to_wire()]))
+            self._flush()
+        else:
+            self._phase = Phase.AWAY
+            self._trace.point("dlm.freeze", ring=view.ring)
+            if self._has_state and not self._suspended:
+                self._suspended = "the group has no quorum or lost what orders its messages"
+                self._shell.suspended(self._suspended)
+
+    def on_message(self, index: int, sender: Member, payload: bytes) -> None:
+        self._index = index
+        if self._phase in (Phase.AWAY, Phase.OVER):
+            return
+        try:
+            message = decode(payload)
+        except BadBytes as error:
+            self._trace.point("dlm.bad_message", sender=sender.node, why=error.message)
+            return
+        key = _key(sender)
+        match message:
+            case ["start", config, ring, start]:
+                self._on_start(key, config, tuple(ring), start)
+            case ["ops", applied, first, ops]:
+                self._acks[key] = max(self._acks.get(key, 0), applied)
+                self._entry(pack(["ops", *key, first, ops]))
+            case ["ack", applied, digest_at, digest]:
+                self._acks[key] = max(self._acks.get(key, 0), applied)
+                self._compare(key, digest_at, digest)
+            case [word, ring, number, count, data]:
+                self._on_part(word, key, tuple(ring), number, count, data)
+        self._flush()
+
+    def on_stable(self, index: int) -> None:
+        self._stable = max(self._stable, index)
+        for number in sorted(self._clients):
+            self._show(number)
+
+    def on_fenced(self, member: Member, proof: str) -> None:
+        if self._phase is Phase.OVER:
+            return
+        key = _key(member)
+        self._unfenced.discard(key)
+        self._fenced[key] = proof
+        self._trace.point("dlm.fenced", node=member.node, proof=proof)
+        self._entry(pack(["fenced", *key, proof]))
+        if self._phase is Phase.STARTING:
+            self._try_install()
+        self._flush()
+
+    # ---- the install point
+
+    @property
+    def _me(self) -> NodeKey:
+        assert self._group is not None, "attach() comes before the group's events"
+        return _key(self._group.me)
+
+    def _start(self) -> Start:
+        machine = self._machine
+        return Start(
+            has_state=self._has_state,
+            epoch=machine.epoch,
+            applied=machine.applied,
+            chain=machine.chain,
+            digest=machine.digest() if self._has_state else b"",
+            members=machine.members,
+            left=tuple(sorted(self._left)),
+            fenced=tuple((*key, proof) for key, proof in sorted(self._fenced.items())),
+            unfenced=tuple(sorted(self._unfenced)),
+        )
+
+    def _on_start(self, key: NodeKey, config: bytes, ring: tuple[Any, ...], wire: Any) -> None:
+        if self._phase is not Phase.STARTING or self._view is None or ring != self._view.ring:
+            return  # it answers an older view
+        try:
+            self._starts[key] = Start.from_wire(wire) if config == CONFIG else None
+        except BadBytes:
+            self._starts[key] = None
+        self._try_install()
+
+    def _try_install(self) -> None:
+        assert self._view is not None
+        if any(_key(member) not in self._starts for member in self._view.members):
+            return
+        plan = plan_install(self._view, self._starts, self._fenced)
+        if plan is None:
+            self._trace.point("dlm.wait_fenced", ring=self._view.ring)
+            return
+        reason = plan.foreign.get(self._me)
+        if reason is not None:
+            self._end(reason)
+            return
+        self._trace.point("dlm.install", epoch=plan.epoch, members=plan.members, authority=plan.authority)
+        self._acks = dict(plan.applied)
+        self._install = plan
+        if self._me in plan.current:
+            tail = self._tail_for(plan) if plan.sender == self._me else b""
+            self._enter()
+            if plan.sender == self._me:
+                group = self._group
+                assert group is not None
+                if plan.behind:
+                    self._to_send.extend(in_parts("tail", self._view.ring, tail, group.max_payload))
+                if plan.fresh:
+                    state = self._machine.dump()
+                    self._to_send.extend(in_parts("snapshot", self._view.ring, state, group.max_payload))
+        else:
+            self._phase = Phase.FETCHING
+            if self._me in plan.fresh:
+                self._held = []  # what was delivered before the install point is inside the snapshot
+
+    def _tail_for(self, plan: Install) -> bytes:
+        first = (
+            max(min(plan.applied[key] for key in plan.behind), self._machine.log_start) if plan.behind else 0
+        )
+        return (
+            pack([first, self._machine.chain_at(first) or b"", self._machine.tail(first)])
+            if plan.behind
+            else b""
+        )
+
+    def _enter(self) -> None:
+        """Apply the install entry and what was held, then go on live. Our state is the authority's."""
+        plan = self._install
+        assert plan is not None
+        held, self._held = self._held, []
+        self._phase = Phase.LIVE
+        self._has_state = True
+        self._left.clear()
+        self._fenced.clear()
+        if self._me not in plan.fresh or plan.authority is None:
+            self._apply(plan.entry)
+        for entry in held:
+            self._apply(entry)
+        self._resume()
+
+    def _resume(self) -> None:
+        for client in self._clients.values():
+            client.queue = deque(
+                (self._index if after == _NOT_YET else after, frame) for after, frame in client.queue
+            )
+        state = self._machine.nodes.get(self._me)
+        self._sent_op = state.last_op if state is not None else 0
+        self._drop_applied(self._sent_op)
+        for number in sorted(self._clients):
+            self._show(number)
+        if self._suspended:
+            self._suspended = ""
+            self._shell.resumed()
+
+    def _on_part(
+        self, word: str, key: NodeKey, ring: tuple[Any, ...], number: int, count: int, data: bytes
+    ) -> None:
+        plan = self._install
+        if self._phase is not Phase.FETCHING or plan is None or self._view is None:
+            return
+        wanted = "snapshot" if self._me in plan.fresh else "tail"
+        if word != wanted or key != plan.sender or ring != self._view.ring:
+            return
+        self._parts[number] = data
+        if len(self._parts) < count:
+            return
+        whole = b"".join(self._parts[place] for place in range(count))
+        self._parts = {}
+        try:
+            if word == "snapshot":
+                self._machine.load(whole)
+            else:
+                self._catch_up(whole)
+        except BadBytes as error:
+            self._end(error.message)
+            return
+        self._acked = 0
+        self._enter()
+
+    def _catch_up(self, whole: bytes) -> None:
+        """Apply the entries that we missed, if our history is a part of theirs. Raises BadBytes."""
+        machine = self._machine
+        first, chain, entries = unpack(whole)
+        known = machine.applied - first
+        if known < 0 or machine.chain != chain_after(chain, entries[:known]):
+            raise BadBytes(
+                "other-history",
+                "the lock state of this node is not a part of the one that the cluster goes on with",
+            )
+        for entry in entries[known:]:
+            self._apply(entry)
+
+    def _end(self, reason: str) -> None:
+        self._phase = Phase.OVER
+        self._over = reason
+        self._trace.point("dlm.over", reason=reason)
+        self._clients.clear()
+        self._outbox.clear()
+        self._shell.must_restart(reason)
+
+    # ---- applying
+
+    def _entry(self, entry: bytes) -> None:
+        if self._phase is Phase.LIVE:
+            self._apply(entry)
+        elif self._phase in (Phase.STARTING, Phase.FETCHING):
+            self._held.append(entry)
+
+    def _apply(self, entry: bytes) -> None:
+        machine = self._machine
+        try:
+            effects = machine.apply(entry)
+        except BadBytes as error:
+            self._trace.point("dlm.bad_message", why=error.message)
+            return
+        self._trace.point("dlm.apply", applied=machine.applied, entry=entry)
+        for effect in effects:
+            self._emit(effect)
+        state = machine.nodes.get(self._me)
+        if state is not None:
+            self._drop_applied(state.last_op)
+        if machine.applied % DIGEST_EVERY == 0:
+            self._say_ack(machine.applied, machine.digest())
+        elif machine.applied - self._acked >= ACK_EVERY:
+            self._say_ack(0, b"")
+
+    def _emit(self, effect: Effect) -> None:
+        node, incarnation, number = effect.session
+        if (node, incarnation) != self._me:
+            return
+        client = self._clients.get(number)
+        if client is None or not client.open:
+            return
+        rises = isinstance(effect, (RecoverSlot, RecoverDone)) or (isinstance(effect, Cast) and effect.rising)
+        after = (self._index if self._phase is Phase.LIVE else _NOT_YET) if rises else -1
+        client.queue.append((after, effect_frame(effect)))
+        self._show(number)
+
+    def _show(self, number: int) -> None:
+        """Hand a client what it may see; what follows an unstable grant waits with it, in order."""
+        client = self._clients.get(number)
+        while client is not None and client.queue and client.queue[0][0] <= self._stable:
+            _, frame = client.queue.popleft()
+            self._shell.to_session(number, frame)
+            client = self._clients.get(number)
+
+    # ---- agreement
+
+    def _say_ack(self, digest_at: int, digest: bytes) -> None:
+        self._acked = self._machine.applied
+        self._to_send.append(pack(["ack", self._machine.applied, digest_at, digest]))
+        known = [self._acks.get(key, 0) for key in self._machine.members]
+        if known:
+            self._machine.trim(min(known))
+
+    def _compare(self, key: NodeKey, digest_at: int, digest: bytes) -> None:
+        """All members tell a digest of their state at the same places; who differs from most starts anew."""
+        if not digest_at or self._phase is not Phase.LIVE:
+            return
+        told = self._digests.setdefault(digest_at, {})
+        told[key] = digest
+        members = self._machine.members
+        if any(member not in told for member in members):
+            return
+        del self._digests[digest_at]
+        # most members, and among as many the one with the lowest number, are right
+        right = max(
+            (told[member] for member in members),
+            key=lambda value: (
+                sum(other == value for other in told.values()),
+                -min(member[0] for member in members if told[member] == value),
+            ),
+        )
+        if told.get(self._me, right) != right:
+            self._end(f"the lock state of this node differs from that of the others after {digest_at} inputs")
+
+    # ---- sending
+
+    def _submit(self, op: Frame) -> None:
+        self._outbox.append((self._next_op, op))
+        self._next_op += 1
+        self._flush()
+
+    def _drop_applied(self, last_op: int) -> None:
+        while self._outbox and self._outbox[0][0] <= last_op:
+            self._outbox.popleft()
+        self._sent_op = max(self._sent_op, last_op)
+
+    def _flush(self) -> None:
+        """Send what waits. A busy group is asked again at the next delivery, a lost one after the next install."""
+        group = self._group
+        if group is None:
+            return
+        try:
+            while self._to_send:
+                group.multicast(self._to_send[0])
+                self._to_send.popleft()
+            while self._phase is Phase.LIVE:
+                ops = self._next_batch(group.max_payload)
+                if not ops:
+                    return
+                first = ops[0][0]
+                payload = pack(["ops", self._machine.applied, first, [op for _, op in ops]])
+                group.multicast(payload)
+                self._sent_op = ops[-1][0]
+        except Busy:
+            return
+        except Refused as error:
+            self._trace.point("dlm.not_sent", why=error.message)
+
+    def _next_batch(self, max_payload: int) -> list[tuple[int, Frame]]:
+        batch: list[tuple[int, Frame]] = []
+        size = OPS_OVERHEAD_BYTES
+        for number, op in self._outbox:
+            if number <= self._sent_op:
+                continue
+            size += len(pack(op))
+            if batch and size > max_payload:
+                break
+            batch.append((number, op))
+        return batch
+
+
+def _key(member: Member) -> NodeKey:
+    return member.node, member.incarnation

@@ -1,0 +1,80 @@
+"""The state of the lock manager as plain JSON values, for `clustermd locks` and for errors that name who waits for whom.
+
+    {"epoch", "applied", "nodes": [{"node", "incarnation", "name", "lost"}],
+     "lockspaces": {name: {"generation", "value_block_bytes", "slots": [...], "joining": [...], "resources": {...}}}}
+
+A resource has "granted", "converting" and "waiting" in queue order; a lock tells who holds it, what it has and wants.
+Names of resources that are not text are shown with backslash escapes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from clustermd.dlm.engine import Engine
+from clustermd.dlm.machine import Machine
+from clustermd.dlm.modes import Mode
+from clustermd.dlm.resource import Lock, Resource
+from clustermd.dlm.space import Space
+
+
+def describe(machine: Machine) -> dict[str, Any]:
+    return {
+        "epoch": machine.epoch,
+        "applied": machine.applied,
+        "nodes": [
+            {"node": node, "incarnation": incarnation, "name": state.name, "lost": state.lost}
+            for (node, incarnation), state in sorted(machine.nodes.items())
+        ],
+        "lockspaces": {
+            name: _space(machine.engine, space) for name, space in sorted(machine.engine.spaces.items())
+        },
+    }
+
+
+def _who(engine: Engine, key: tuple[int, int, int]) -> dict[str, Any]:
+    session = engine.sessions.get(key)
+    who: dict[str, Any] = {"node": key[0], "incarnation": key[1], "session": key[2]}
+    if session is not None:
+        who |= {"name": session.name, "label": session.label, "pid": session.pid, "zombie": session.lost}
+    return who
+
+
+def _space(engine: Engine, space: Space) -> dict[str, Any]:
+    return {
+        "generation": space.generation,
+        "value_block_bytes": space.lvb_bytes,
+        "slots": [
+            {**_who(engine, seat.session), "slot": seat.slot, "name": seat.name, "state": seat.state.value}
+            for _, seat in sorted(space.seats.items())
+        ],
+        "joining": [
+            {
+                **_who(engine, joiner.session),
+                "max_slots": joiner.max_slots,
+                "waits_for": [
+                    {"slot": slot, "node": node, "name": name, "state": state}
+                    for slot, node, name, state in joiner.waits_for
+                ],
+            }
+            for joiner in space.joiners
+        ],
+        "resources": {
+            name.decode(errors="backslashreplace"): _resource(engine, resource)
+            for name, resource in sorted(space.resources.items())
+        },
+    }
+
+
+def _resource(engine: Engine, resource: Resource) -> dict[str, Any]:
+    return {
+        "granted": [_lock(engine, lock) for lock in resource.granted],
+        "converting": [_lock(engine, lock) | {"wants": Mode(lock.rq).name} for lock in resource.converting],
+        "waiting": [_lock(engine, lock) | {"wants": Mode(lock.rq).name} for lock in resource.waiting],
+        "value_block": None if resource.lvb is None else resource.lvb.hex(),
+        "value_block_invalid": resource.invalid,
+    }
+
+
+def _lock(engine: Engine, lock: Lock) -> dict[str, Any]:
+    return {"id": lock.id, "mode": Mode(lock.gr).name, **_who(engine, lock.session)}
