@@ -33,7 +33,17 @@ class Request:
     deallocate. `cookie` is the owner's.
     """
 
-    __slots__ = ("buffer", "cookie", "error", "fua", "kind", "length_bytes", "no_hole", "offset_bytes", "owner")
+    __slots__ = (
+        "buffer",
+        "cookie",
+        "error",
+        "fua",
+        "kind",
+        "length_bytes",
+        "no_hole",
+        "offset_bytes",
+        "owner",
+    )
 
     def __init__(
         self,

@@ -70,7 +70,7 @@ class Gate:
     """The I/O gate: in front of every submission, of data, bitmaps and superblocks alike.
 
     A node that lost contact is HELD and may be opened again; a node whose rights may have passed to
-    others is SHUT for good: a new life needs a new gate (rule 12). `reason` says why, for people.
+    others is SHUT until it has joined again: a new life begins with `renew` (rule 12). `reason` says why, for people.
     `check` is asked before every submission; a lease puts its clock there.
     """
 
@@ -94,6 +94,12 @@ class Gate:
 
     def shut(self, reason: str) -> None:
         self._to(GateState.SHUT, reason)
+
+    def renew(self) -> None:
+        """A new life, after joining again. The old life's requests must all have completed before."""
+        if self.state is GateState.SHUT:
+            self.state = GateState.HELD
+        self.open()
 
     def _to(self, state: GateState, reason: str) -> None:
         if self.state is GateState.SHUT or self.state is state:

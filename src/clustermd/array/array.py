@@ -1,0 +1,521 @@
+"""One array on one node: its life from assembly to stop, and the way in for requests.
+
+A *life* is one membership: join, load bitmaps, serve, until the array stops or the node loses its place in the
+cluster. After a loss the array drains what is in flight, joins again as a new member, and only then goes on with the
+requests it kept; clients stay connected and see a pause (design section 5). An array without cluster has one life.
+
+The parts are classes of their own over one `ArrayState`; this file wires them and owns their order at start and stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Callable
+from functools import partial
+
+from clustermd.array.assemble import Assembly
+from clustermd.array.bitmap_writer import BitmapWriter
+from clustermd.array.coordinator import Coordinator
+from clustermd.array.faults import Faults
+from clustermd.array.flush import FlushOp
+from clustermd.array.member import Member
+from clustermd.array.metadata import Metadata
+from clustermd.array.read import Reader
+from clustermd.array.repair import Repair
+from clustermd.array.report import report
+from clustermd.array.request import Kind, Request
+from clustermd.array.resync import Resync
+from clustermd.array.slots import Slots
+from clustermd.array.state import ArrayState
+from clustermd.array.status import ArrayStatus
+from clustermd.array.sweep import Sweep
+from clustermd.array.write import WriteOp, Writer
+from clustermd.array.zero import ZERO_PIECE_BYTES, ZeroJob
+from clustermd.clock import Clock
+from clustermd.device.member_device import Buffer, BufferPool, Submitter
+from clustermd.errors import ClusterLost, Refused
+from clustermd.ondisk.superblock import MAX_SECTOR, ROLE_FAULTY, ROLE_LIMIT
+from clustermd.trace import Trace
+
+DEVICE_TIMEOUT_S = 30
+QUIESCE_S = 15.0
+REJOIN_S = 0.5
+DEFAULT_LIMITS = (1000, 200000)
+
+
+class Array:
+    """A Volume over the members of `assembly`. All of them stay open until `stop`.
+
+    `limits()` gives resync speeds (min, max) in KiB/s; `changed()` is called when the status may have changed.
+    `allow_degraded`: start although a role that the superblocks count on has no device here.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        assembly: Assembly,
+        coordinator: Coordinator,
+        submitter: Submitter,
+        clock: Clock,
+        trace: Trace,
+        *,
+        read_only: bool = False,
+        allow_degraded: bool = False,
+        device_timeout_s: int = DEVICE_TIMEOUT_S,
+        limits: Callable[[], tuple[int, int]] = lambda: DEFAULT_LIMITS,
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
+        state = ArrayState(
+            name, assembly.members, assembly.reference, submitter, clock, trace, read_only=read_only
+        )
+        self.state = state
+        self.coordinator = coordinator
+        self.allow_degraded = allow_degraded
+        self.changed = changed
+        self._device_timeout_s = device_timeout_s
+        self.faults = Faults(state, self._publish_faults)
+        self.bitmap_writer = BitmapWriter(state, self.faults.fail)
+        self.metadata = Metadata(state, coordinator, self.bitmap_writer, self.faults.fail)
+        self.metadata.resync_position = self._resync_position
+        self.slots = Slots(state, self.bitmap_writer, assembly.template)
+        self.writer = Writer(state, self.bitmap_writer, self.faults.settle)
+        self.faults.writer = self.writer
+        self.faults.changed = self._members_changed
+        self.repair = Repair(state, coordinator, self.faults.fail)
+        self.reader = Reader(state, self.repair.request)
+        self.sweep = Sweep(state, self.bitmap_writer, self.metadata, self.faults.fail)
+        self.resync = Resync(
+            state, coordinator, self.metadata, self.faults.fail, limits, lambda: self.changed()
+        )
+        self.nodes = self.slots.nodes
+        self.stopped = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._lost = asyncio.Event()
+        self._living = False
+        self._stopping = False
+        self._zeroes: Buffer | None = None
+        self._activating: asyncio.Task[None] | None = None
+        state.activate = self._activate
+        state.clean = assembly.reference.resync_offset == MAX_SECTOR
+        submitter.after_sweep(self.bitmap_writer.kick)
+
+    # --- Volume -----------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        return self.state.name
+
+    @property
+    def size_bytes(self) -> int:
+        return self.state.array_sectors * 512
+
+    @property
+    def read_only(self) -> bool:
+        return self.state.read_only
+
+    @property
+    def pool(self) -> BufferPool:
+        return self.state.submitter.pool
+
+    def submit(self, batch: list[Request]) -> None:
+        """Take a batch of client requests (see `request.Volume`)."""
+        for request in batch:
+            kind = request.kind
+            if kind is Kind.FLUSH:
+                self._flush(request)
+            elif not request.length_bytes:
+                request.owner.completed(request)
+            elif kind is Kind.READ:
+                self.reader.start(request)
+            elif self.state.read_only:
+                request.error = errno.EPERM
+                request.owner.completed(request)
+            elif kind is Kind.WRITE:
+                self.writer.start(request)
+            else:
+                self._zero(request)
+        self.bitmap_writer.kick()
+        self.state.submitter.submit()
+
+    def _flush(self, request: Request) -> None:
+        state = self.state
+        if state.held:
+            state.parked.append(request)
+        elif state.read_only or not state.writable:
+            request.error = 0 if state.read_only else errno.EIO
+            request.owner.completed(request)
+        else:
+            FlushOp(state, self.faults, request)
+
+    def _zero(self, request: Request) -> None:
+        everywhere = all(member.device.discard_zeroes for member in self.state.writable)
+        if request.kind is Kind.TRIM and not everywhere:
+            request.owner.completed(request)
+            return
+        if self._zeroes is None:
+            self._zeroes = self.pool.take(ZERO_PIECE_BYTES)
+            self._zeroes.view[:ZERO_PIECE_BYTES] = bytes(ZERO_PIECE_BYTES)
+        ZeroJob(request, everywhere and not request.no_hole, self._zeroes, self.writer.start).run()
+
+    # --- start --------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Begin to serve. Raises Refused or ClusterLost when that cannot be; `stop` then cleans up."""
+        await self._begin()
+        loop = asyncio.get_running_loop()
+        self._tasks.append(loop.create_task(self._every_second(), name="tick"))
+        if not self.state.read_only:
+            self._tasks.append(loop.create_task(self._sweep(), name="sweep"))
+        if self.coordinator.clustered:
+            self._tasks.append(loop.create_task(self._stay_member(), name="member"))
+
+    async def _begin(self) -> None:
+        """Begin a life: join, check that we see what others use, mark the array active, serve."""
+        state = self.state
+        self._lost.clear()
+        state.settled = not self.coordinator.clustered and not state.read_only
+        if state.read_only:
+            await self.slots.load_for_reading()
+        else:
+            state.slot = await self.coordinator.join(self)
+            self._check_members()
+            if self.coordinator.clustered:
+                await self.metadata.update(self._mark_active)
+            elif state.missing_numbers():
+                await self.metadata.update(self._mark_missing)
+        self._living = True
+        state.held = ""
+        state.trace.point("array.serving", slot=state.slot)
+        self.faults.resume()
+        self._redispatch()
+        if not state.read_only:
+            self.resync.start()
+        self.changed()
+
+    def _check_members(self) -> None:
+        """A node must see every device that the others use; alone, it may be told to do without."""
+        state = self.state
+        missing = state.missing_numbers()
+        if not state.in_sync:
+            raise Refused("no-good-member", f"{state.name}: no in-sync member is left")
+        if not missing:
+            return
+        roles = ", ".join(str(state.roles[number]) for number in missing)
+        peers = self.coordinator.peers()
+        if peers:
+            raise Refused(
+                "member-missing-here",
+                f"{state.name}: the member with role {roles} is in use on {', '.join(peers)}, but was not found here: "
+                "give this node the same devices, or fail that member first",
+                numbers=missing,
+            )
+        if not self.allow_degraded:
+            raise Refused(
+                "degraded",
+                f"{state.name}: the member with role {roles} is missing: give all devices, or insist with --run",
+                numbers=missing,
+            )
+
+    def _mark_missing(self) -> None:
+        for number in self.state.missing_numbers():
+            self.state.roles[number] = ROLE_FAULTY
+
+    def _mark_active(self) -> None:
+        self.state.clean = False
+        self._mark_missing()
+
+    def _activate(self) -> None:
+        """A write waits for the array to be marked active on disk."""
+        if self._activating is None or self._activating.done():
+            self._activating = asyncio.get_running_loop().create_task(self._mark(False), name="activate")
+
+    async def _mark(self, clean: bool) -> None:
+        state = self.state
+
+        def change() -> None:
+            if not (clean and self.writer.in_flight):
+                state.clean = clean
+
+        while not self._stopping or clean:
+            try:
+                await self.metadata.update(change)
+                break
+            except (Refused, OSError) as error:
+                state.log.warning("cannot be marked %s yet: %s", "clean" if clean else "active", error)
+                if clean:
+                    return
+                await asyncio.sleep(REJOIN_S)
+        self._redispatch()
+
+    def _resync_position(self) -> int:
+        bitmap = self.state.bitmap
+        if bitmap is None or bitmap.persistent or not bitmap.unreconciled:
+            return MAX_SECTOR
+        return min(bitmap.unreconciled) * bitmap.chunk_sectors
+
+    def _redispatch(self) -> None:
+        """Start again what was kept while I/O was held."""
+        if self.state.held:
+            return
+        parked, self.state.parked = self.state.parked, []
+        if parked:
+            self.submit(parked)
+
+    # --- background -----------------------------------------------------------------------------------
+
+    async def _every_second(self) -> None:
+        state = self.state
+        while True:
+            await asyncio.sleep(1.0)
+            state.tick += 1
+            if state.held:
+                continue
+            limit = self._device_timeout_s
+            stuck = (
+                self.writer.overdue(limit) | self.reader.overdue(limit) | self.bitmap_writer.overdue(limit)
+            )
+            for flush in [flush for flush in state.flushes if state.tick - flush.tick > limit]:
+                stuck |= flush.give_up()
+            if stuck:
+                self.faults.fail(stuck, f"no answer for {limit} s")
+                state.submitter.submit()
+
+    async def _sweep(self) -> None:
+        state = self.state
+        header = state.bitmap_header
+        delay_s = header.daemon_sleep if header is not None else 5
+        seen = -1
+        while True:
+            await asyncio.sleep(delay_s)
+            if state.held:
+                continue
+            try:
+                if await self.sweep.once():
+                    self.changed()
+                idle = seen == state.foreground and not self.writer.in_flight
+                seen = state.foreground
+                if idle and not state.clean and not self.coordinator.clustered and not state.unpublished:
+                    await self._mark(True)
+            except ClusterLost:
+                continue
+            except OSError as error:
+                if error.errno != errno.ESHUTDOWN:
+                    state.log.warning("a sweep failed: %s", error)
+
+    async def _publish_faults(self) -> None:
+        await self.metadata.update()
+        self._members_changed()
+
+    def _members_changed(self) -> None:
+        self.state.refresh()
+        if self._living:
+            self.resync.wake()
+        self.changed()
+
+    # --- losing the cluster and coming back -----------------------------------------------------------
+
+    async def _stay_member(self) -> None:
+        while True:
+            await self._lost.wait()
+            await self._end_life()
+            while True:
+                try:
+                    await self._begin()
+                    self.state.counters.rejoins += 1
+                    break
+                except (Refused, OSError) as error:
+                    self.state.held = f"not a member of the cluster: {error}"
+                    self.state.log.warning("joining again failed: %s", error)
+                    self.changed()
+                    self.state.gate.shut("joining again failed")
+                    await self.state.submitter.drained()
+                    await asyncio.sleep(REJOIN_S)
+
+    async def _end_life(self) -> None:
+        """Stop what acts, let what is in flight land; requests are kept."""
+        state = self.state
+        self._living = False
+        await self.resync.stop()
+        await self.repair.stop()
+        await self.faults.stop()
+        self.faults.shut()
+        self.bitmap_writer.kick()
+        state.submitter.submit()
+        await state.submitter.drained()
+        state.windows.clear()
+
+    def hold(self, reason: str) -> None:
+        """Contact is lost for now: requests are kept, what is queued waits at the gate."""
+        if not self._lost.is_set() and self._living:
+            self.state.held = reason
+            self.state.gate.hold(reason)
+            self.changed()
+
+    def resume(self) -> None:
+        if not self._lost.is_set() and self._living:
+            self.state.gate.open()
+            self.state.held = ""
+            self.faults.resume()
+            self._redispatch()
+            self.changed()
+
+    def lost(self, reason: str) -> None:
+        """Membership is gone: the gate shuts at once, the rest follows in order."""
+        state = self.state
+        state.gate.shut(reason)
+        state.held = reason
+        state.log.warning("%s: I/O is held until this node has joined again", reason)
+        self._lost.set()
+        self.changed()
+
+    # --- what the cluster asks (ArraySide) --------------------------------------------------------------
+
+    async def prepare_join(self) -> None:
+        """A new life may use the disks: nothing of the old one is in flight."""
+        self.state.gate.renew()
+        await self.metadata.reload()
+
+    async def load_own_slot(self, slot: int) -> None:
+        await self.slots.load_own(slot)
+
+    async def merge_slot(self, slot: int) -> list[int]:
+        chunks = await self.slots.merge(slot)
+        if chunks and self._living:
+            self.resync.wake()
+        self.changed()
+        return chunks
+
+    def set_window(self, slot: int, lo: int, hi: int) -> None:
+        self.state.windows.set(slot, lo, hi)
+        self.changed()
+
+    def end_window(self, slot: int) -> None:
+        self.state.windows.end(slot)
+        self.changed()
+
+    async def quiesce(self, lo: int, hi: int) -> bool:
+        """Wait for our writes in [lo, hi) (see `ArraySide`)."""
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + QUIESCE_S
+        while True:
+            holders = [holder for holder in self.state.ranges.within(lo, hi) if isinstance(holder, WriteOp)]
+            if not holders:
+                return True
+            if any(holder.settling for holder in holders):
+                return False
+            gone: asyncio.Future[None] = loop.create_future()
+            holder = holders[0]
+            if holder.waiters is None:
+                holder.waiters = []
+            holder.waiters.append(partial(_resolve, gone))
+            try:
+                await asyncio.wait_for(gone, max(0.0, min(1.0, end_s - loop.time())))
+            except TimeoutError:
+                if loop.time() >= end_s:
+                    return False
+
+    async def reload(self) -> None:
+        await self.metadata.reload()
+        self._members_changed()
+
+    def working_number(self) -> int:
+        return self.state.in_sync[0].number
+
+    def set_unsettled(self) -> None:
+        self.state.settled = False
+
+    def wake_resync(self) -> None:
+        if self._living:
+            self.resync.wake()
+
+    async def adopt(self) -> None:
+        await self.metadata.update()
+
+    # --- stop -------------------------------------------------------------------------------------------
+
+    async def stop(self) -> None:
+        """End in order: writes done, bits that may go cleared, the rest handed over, disks closed."""
+        state = self.state
+        self._stopping = True
+        living, self._living = self._living, False
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if living and not state.held:
+            await self._stop_in_order()
+        else:
+            await self.resync.stop()
+            await self.repair.stop()
+            await self.faults.stop()
+            await self.coordinator.leave(handover=False)
+        state.held = "stopped"
+        for request in self._take_parked():
+            request.error = errno.ESHUTDOWN
+            request.owner.completed(request)
+        if self._zeroes is not None:
+            self._zeroes.release()
+            self._zeroes = None
+        state.gate.shut("stopped")
+        await state.submitter.close()
+        for member in state.members:
+            member.device.close()
+        self.stopped.set()
+
+    def _take_parked(self) -> list[Request]:
+        parked, self.state.parked = self.state.parked, []
+        return parked
+
+    async def _stop_in_order(self) -> None:
+        state = self.state
+        state.held = "stopping"
+        await self.resync.stop()
+        await self.repair.stop()
+        while self.writer.in_flight:
+            gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            op = next(iter(self.writer.in_flight))
+            if op.waiters is None:
+                op.waiters = []
+            op.waiters.append(partial(_resolve, gone))
+            await gone
+        left = False
+        if not state.read_only:
+            try:
+                await self.faults.recorded()
+                await self.resync.checkpoint()
+                left = not await self.sweep.clean()
+                if not self.coordinator.clustered and not state.clean:
+                    await self._mark(True)
+            except (Refused, OSError) as error:
+                state.log.warning("the stop leaves bits behind: %s", error)
+                left = True
+        await self.faults.stop()
+        await self.coordinator.leave(handover=left)
+
+    # --- for people ---------------------------------------------------------------------------------------
+
+    async def idle(self) -> None:
+        """Wait until nothing is being copied and nothing waits to be, here or, as far as we know, elsewhere."""
+        while True:
+            await self.resync.idle()
+            if not self.state.windows.any:
+                return
+            moved: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self.state.windows.listen(partial(_resolve, moved))
+            await moved
+
+    def members(self) -> list[Member]:
+        return list(self.state.members)
+
+    def status(self) -> ArrayStatus:
+        """The values behind mdstat and `--detail`."""
+        return report(self.state, self.coordinator, self.resync)
+
+    def missing_roles(self) -> list[int]:
+        here = {member.role for member in self.state.writable}
+        return [role for role in range(self.state.raid_disks) if role not in here and role < ROLE_LIMIT]
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

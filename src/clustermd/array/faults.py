@@ -1,0 +1,141 @@
+"""Members that fail: out at once in memory, on the surviving disks next, and only then writes are answered.
+
+A write that missed a member may be answered only after that fault is on the surviving disks and every live
+node has acknowledged it (rule 17, I11): otherwise another node could read, or copy, the stale one. The last
+good member is never failed; its error goes to the client. Faults of one moment are published together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Awaitable, Callable
+
+from clustermd.array.member import Member
+from clustermd.array.state import ArrayState
+from clustermd.array.write import WriteOp, Writer
+from clustermd.errors import ClusterLost, Refused
+
+RETRY_S = 0.5
+
+
+class Faults:
+    """Fails members and settles the writes that missed them. `publish()` writes and announces the roles."""
+
+    def __init__(self, state: ArrayState, publish: Callable[[], Awaitable[None]]) -> None:
+        self.state = state
+        self.writer: Writer | None = None
+        self.changed: Callable[[], None] = lambda: None
+        self._publish = publish
+        self._delayed: list[WriteOp] = []
+        self._task: asyncio.Task[None] | None = None
+        self._published = asyncio.Event()
+        self._published.set()
+
+    def fail(self, mask: int, why: str) -> bool:
+        """Fail the members in `mask`, but never the last good one. True if all of them are faulty now."""
+        state = self.state
+        all_failed = True
+        for member in state.member_of(mask):
+            if member.faulty:
+                continue
+            if member.in_sync and len(state.in_sync) == 1:
+                all_failed = False
+                state.log.error("%s: %s, but it is the last good member and stays", member.path, why)
+                continue
+            member.faulty = True
+            member.in_sync = False
+            member.fault_recorded = False
+            member.why = why
+            state.refresh()
+            state.log.error("%s: failed, %s", member.path, why)
+            state.trace.point("member.failed", number=member.number, why=why)
+            state.unpublished = True
+            self._published.clear()
+        if state.unpublished:
+            self._start()
+            self.changed()
+        return all_failed
+
+    def _start(self) -> None:
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._run(), name="faults")
+
+    async def _run(self) -> None:
+        state = self.state
+        while state.unpublished:
+            if state.held:
+                return  # goes on after joining again
+            try:
+                await self._publish()
+            except ClusterLost:
+                return
+            except (Refused, OSError) as error:
+                state.log.warning("a failed member cannot be recorded yet: %s", error)
+                if not state.writable:
+                    self._release(errno.EIO)
+                await asyncio.sleep(RETRY_S)
+                continue
+            if all(member.fault_recorded for member in state.members if member.faulty):
+                state.unpublished = False
+                state.trace.point("member.fault_recorded")
+        self._release(0)
+        self._published.set()
+
+    def settle(self, op: WriteOp) -> None:
+        """A write that some member may lack: record the fault, then answer."""
+        state = self.state
+        writer = self.writer
+        assert writer is not None
+        if op.redo:
+            writer.redo(op)
+            return
+        op.settling = True
+        if op.failed:
+            self.fail(op.failed, "a write failed")
+        if state.unpublished:
+            self._delayed.append(op)
+            return
+        writer.finish(op, self._verdict(op))
+
+    def _verdict(self, op: WriteOp) -> int:
+        """0 if some good member has the write and none that counts lacks it."""
+        for member in self.state.in_sync:
+            if not op.succeeded >> member.index & 1:
+                return errno.EIO
+        return 0 if self.state.in_sync else errno.EIO
+
+    def _release(self, error: int) -> None:
+        writer = self.writer
+        assert writer is not None
+        delayed, self._delayed = self._delayed, []
+        for op in delayed:
+            writer.finish(op, error or self._verdict(op))
+        self.state.submitter.submit()
+
+    def shut(self) -> None:
+        """Membership is gone: delayed writes start again in the next life."""
+        writer = self.writer
+        assert writer is not None
+        delayed, self._delayed = self._delayed, []
+        for op in delayed:
+            writer.redo(op)
+
+    def resume(self) -> None:
+        """A new life: faults that were not recorded are published again."""
+        if self.state.unpublished:
+            self._start()
+
+    async def recorded(self) -> None:
+        """Wait until no fault is unrecorded."""
+        await self._published.wait()
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    def stuck_members(self) -> list[Member]:
+        """Faulty members that still have a request of ours: they must not come back before it is gone."""
+        return [member for member in self.state.members if member.stuck]

@@ -1,0 +1,106 @@
+"""Repairing a read error: the good copy is written over the bad one, under the rules of a resync.
+
+Another node could write the block between our read of the good copy and our write of it, so a repair takes the
+resync right and a window, like any copy (rule 9, F11). A member that does not take it, or that has used up
+its budget of errors, is failed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from clustermd.array.coordinator import Coordinator
+from clustermd.array.member import Member
+from clustermd.array.resync import hold_range
+from clustermd.array.state import ArrayState
+from clustermd.device.member_device import Op
+from clustermd.errors import ClusterLost, Refused
+
+MAX_CORRECTED = 20
+ALIGN_SECTORS = 8
+STEP_SECTORS = 2048
+
+
+class Repair:
+    """One background task that repairs one range after the other."""
+
+    def __init__(
+        self, state: ArrayState, coordinator: Coordinator, fail: Callable[[int, str], object]
+    ) -> None:
+        self.state = state
+        self.coordinator = coordinator
+        self._fail = fail
+        self._queue: list[tuple[Member, int, int]] = []
+        self._task: asyncio.Task[None] | None = None
+
+    def request(self, member: Member, lo: int, hi: int) -> None:
+        """Have [lo, hi) of `member` rewritten from another copy."""
+        state = self.state
+        if member.faulty or state.read_only:
+            return
+        if member.bad_blocks and not member.good_for(lo, hi):
+            return
+        if member.fail_fast or member.corrected_errors >= MAX_CORRECTED:
+            self._fail(1 << member.index, f"too many read errors ({member.corrected_errors} corrected)")
+            return
+        if not any(m is member and a <= lo and b >= hi for m, a, b in self._queue):
+            self._queue.append((member, lo, hi))
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._run(), name="repair")
+
+    async def _run(self) -> None:
+        while self._queue:
+            member, lo, hi = self._queue.pop(0)
+            lo -= lo % ALIGN_SECTORS
+            hi = min(-(-hi // ALIGN_SECTORS) * ALIGN_SECTORS, self.state.array_sectors)
+            try:
+                async with self.coordinator.resync_right():
+                    for at in range(lo, hi, STEP_SECTORS):
+                        end = min(at + STEP_SECTORS, hi)
+                        await self.coordinator.announce(at, end)
+                        await self._rewrite(member, at, end)
+            except ClusterLost:
+                return
+            except (Refused, OSError) as error:
+                self.state.log.warning("%s: not repaired at sector %d: %s", member.path, lo, error)
+
+    async def _rewrite(self, member: Member, lo: int, hi: int) -> None:
+        state = self.state
+        submitter = state.submitter
+        if member.faulty:
+            return
+        length = (hi - lo) * 512
+        step = await hold_range(state, lo, hi)
+        buffer = submitter.pool.take(length)
+        try:
+            source = state.first_copy(lo, hi, 1 << member.index)
+            if source is None:
+                return
+            result = await submitter.run(
+                source.device, Op.READ, source.data_offset_bytes + lo * 512, length, buffer
+            )
+            if result != length:
+                return
+            at = member.data_offset_bytes + lo * 512
+            written = await submitter.run(member.device, Op.WRITE, at, length, buffer, fua=True)
+            again = (
+                await submitter.run(member.device, Op.READ, at, length, buffer)
+                if written == length
+                else written
+            )
+            if again == length:
+                member.corrected_errors += length // 4096 or 1
+                state.counters.read_errors_corrected += 1
+                state.log.info("%s: read error corrected at sectors %d to %d", member.path, lo, hi)
+            else:
+                self._fail(1 << member.index, f"a read error at sector {lo} could not be repaired ({again})")
+        finally:
+            buffer.release()
+            state.ranges.remove(step)
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None

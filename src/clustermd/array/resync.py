@@ -1,0 +1,425 @@
+"""Copying: resync makes in-sync members equal where bits say they may differ, recovery fills a new member.
+
+One node at a time has the resync right. It announces a window, in which no other node writes until the next
+announcement, copies within it, waits for its own copies, flushes the members written, and only then moves on
+(rules 8, 15, I8, I9). On this node a step holds its range in the table of ranges, so local writes and steps
+never overlap. The source is the first usable member in role order, the one all nodes read while copies may differ.
+
+A resync walks the chunks in `bitmap.unreconciled`; nothing is announced for what is skipped. A recovery walks a
+member from its recovery offset to the end and records how far it came, so that another node can go on.
+
+Speed: `limits()` gives (min, max) KiB/s. A recovery or a resync of the whole array yields to clients down to min; a
+takeover's few chunks are copied at up to max, since until then all nodes read one member only. The window
+is what a quarter second copies, at most 32 MiB, so that a writer elsewhere waits for no longer than that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Callable
+from contextlib import suppress
+
+from clustermd.array.coordinator import Coordinator
+from clustermd.array.member import Member
+from clustermd.array.metadata import Metadata
+from clustermd.array.state import ArrayState
+from clustermd.array.status import SyncStatus
+from clustermd.device.member_device import Buffer, Op
+from clustermd.errors import ClusterLost, Refused
+from clustermd.ondisk.superblock import MAX_SECTOR
+
+WINDOW_SECTORS = 65536
+LEAST_WINDOW_SECTORS = 2048
+STEP_SECTORS = 512
+DEPTH = 8
+WINDOW_S = 0.25
+MARK_S = 3.0
+CHECKPOINT_S = 10.0
+RETRY_S = 1.0
+WHOLE_SHARE = 4
+"""A resync of more than one chunk in this many counts as a resync of the whole array."""
+
+
+class CopyFailed(Exception):
+    """A step could not be done; the pass ends and begins anew with the members that are left."""
+
+
+class Step:
+    """A range held by the resync on this node."""
+
+    __slots__ = ("hi", "lo", "waiters")
+
+    def __init__(self, lo: int, hi: int) -> None:
+        self.lo = lo
+        self.hi = hi
+        self.waiters: list[Callable[[], None]] | None = None
+
+
+async def hold_range(state: ArrayState, lo: int, hi: int) -> Step:
+    """Hold [lo, hi) once nothing else does; give it back with `state.ranges.remove`."""
+    while True:
+        holder = state.ranges.overlapping(lo, hi)
+        if holder is None:
+            step = Step(lo, hi)
+            state.ranges.add(step)
+            return step
+        free: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if holder.waiters is None:
+            holder.waiters = []
+        holder.waiters.append(lambda free=free: None if free.done() else free.set_result(None))  # type: ignore[misc]
+        await free
+
+
+class Pace:
+    """Keeps a copy within its limits: measured over the last seconds, yielding to clients when asked to."""
+
+    def __init__(self, state: ArrayState, limits: Callable[[], tuple[int, int]]) -> None:
+        self._state = state
+        self._limits = limits
+        self._mark_s = state.clock.monotonic_s()
+        self._done = 0
+        self._foreground = state.foreground
+        self.speed_kib_s = 0
+
+    def window_sectors(self, yielding: bool) -> int:
+        """How much to announce at once."""
+        least, most = self._limits()
+        busy = yielding and self._state.foreground != self._foreground
+        rate = least if busy else most
+        return max(LEAST_WINDOW_SECTORS, min(WINDOW_SECTORS, int(rate * 2 * WINDOW_S)))
+
+    async def account(self, sectors: int, yielding: bool) -> None:
+        """`sectors` were copied: wait if that was too fast."""
+        state = self._state
+        self._done += sectors
+        while True:
+            elapsed = state.clock.monotonic_s() - self._mark_s
+            least, most = self._limits()
+            rate = self._done / 2 / max(elapsed, 1e-6)
+            self.speed_kib_s = int(rate)
+            busy = yielding and state.foreground != self._foreground
+            limit = least if busy else most
+            ahead_s = self._done / 2 / max(limit, 1) - elapsed
+            if ahead_s <= 0:
+                break
+            self._foreground = state.foreground
+            await asyncio.sleep(min(ahead_s, 0.2))
+        if elapsed > MARK_S:
+            self._mark_s = state.clock.monotonic_s()
+            self._done = 0
+        self._foreground = state.foreground
+
+
+class Resync:
+    """The copying task of one life. `limits` are read before each step."""
+
+    def __init__(
+        self,
+        state: ArrayState,
+        coordinator: Coordinator,
+        metadata: Metadata,
+        fail: Callable[[int, str], object],
+        limits: Callable[[], tuple[int, int]],
+        changed: Callable[[], None],
+    ) -> None:
+        self.state = state
+        self.coordinator = coordinator
+        self.metadata = metadata
+        self.limits = limits
+        self._fail = fail
+        self._changed = changed
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._status: SyncStatus | None = None
+        self._pace = Pace(state, limits)
+        self._quiet = asyncio.Event()
+        self._touched: set[int] = set()
+
+    # --- the task ---------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._wake.set()
+        self._quiet.clear()
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="resync")
+
+    async def stop(self) -> None:
+        """End the task; steps in flight are finished or left with their bits set."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+        self._status = None
+
+    def wake(self) -> None:
+        self._quiet.clear()
+        self._wake.set()
+
+    async def _run(self) -> None:
+        state = self.state
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            try:
+                await self._pass()
+            except ClusterLost:
+                return
+            except (Refused, OSError, CopyFailed) as error:
+                if isinstance(error, OSError) and error.errno == errno.ESHUTDOWN:
+                    return
+                state.log.warning("the resync begins again in %.0f s: %s", RETRY_S, error)
+                self._status = self._waiting("pending")
+                self._changed()
+                await asyncio.sleep(RETRY_S)
+                self._wake.set()
+                continue
+            self._status = None
+            if not self._wake.is_set():
+                self._quiet.set()
+            self._changed()
+
+    def work(self) -> str | None:
+        """What there is to do: "recovery", "resync", or None."""
+        state = self.state
+        if state.read_only:
+            return None
+        if any(not member.in_sync for member in state.writable) and state.in_sync:
+            return "recovery"
+        if state.the_bitmap().unreconciled:
+            return "resync"
+        return None
+
+    async def _pass(self) -> None:
+        state = self.state
+        work = self.work()
+        if work is None and (state.settled or not self.coordinator.all_settled()):
+            return
+        if work is not None:
+            self._status = self._waiting("pending")
+            self._changed()
+        async with self.coordinator.resync_right():
+            self._pace = Pace(state, self.limits)
+            state.trace.point("resync.right")
+            while (work := self.work()) is not None:
+                if work == "resync" or state.the_bitmap().unreconciled:
+                    await self._resync()
+                else:
+                    await self._recover()
+            if self.coordinator.all_settled():
+                state.settled = True
+                state.trace.point("resync.settled")
+
+    # --- resync -----------------------------------------------------------------------------------
+
+    async def _resync(self) -> None:
+        state = self.state
+        bitmap = state.the_bitmap()
+        if len(state.writable) < 2:
+            for chunk in sorted(bitmap.unreconciled):
+                bitmap.reconciled(chunk, state.degraded > 0)
+            return
+        yielding = len(bitmap.unreconciled) * WHOLE_SHARE > len(bitmap.counters)
+        state.trace.point("resync.begin", chunks=len(bitmap.unreconciled))
+        position = 0
+        serials: dict[int, int] = {}
+        while bitmap.unreconciled:
+            chunk = min(
+                (c for c in bitmap.unreconciled if (c + 1) * bitmap.chunk_sectors > position), default=None
+            )
+            if chunk is None:
+                position = 0  # merged behind us meanwhile
+                serials.clear()
+                continue
+            lo = max(position, chunk * bitmap.chunk_sectors)
+            hi = min(lo + self._pace.window_sectors(yielding), state.array_sectors)
+            await self.coordinator.announce(lo, hi)
+            state.trace.point("resync.window", lo=lo, hi=hi)
+            done = await self._copy_window(lo, hi, serials, yielding)
+            await self._flush_touched()
+            for finished in done:
+                if serials.pop(finished, -1) == bitmap.mark_serial:
+                    bitmap.reconciled(finished, state.degraded > 0)
+                    state.counters.resynced_chunks += 1
+            state.trace.point("resync.copied", lo=lo, hi=hi)
+            position = hi
+            self._changed()
+
+    async def _copy_window(self, lo: int, hi: int, serials: dict[int, int], yielding: bool) -> list[int]:
+        """Copy the unreconciled chunks' parts within [lo, hi); the chunks whose end was reached."""
+        state = self.state
+        bitmap = state.the_bitmap()
+        steps: list[tuple[int, int]] = []
+        finished: list[int] = []
+        at = lo
+        while at < hi:
+            chunk = at // bitmap.chunk_sectors
+            end = min((chunk + 1) * bitmap.chunk_sectors, state.array_sectors)
+            if chunk in bitmap.unreconciled:
+                if at == chunk * bitmap.chunk_sectors:
+                    serials[chunk] = bitmap.mark_serial
+                for start in range(at, min(end, hi), STEP_SECTORS):
+                    steps.append((start, min(start + STEP_SECTORS, end, hi)))
+                if end <= hi:
+                    finished.append(chunk)
+            at = end
+        for group in range(0, len(steps), DEPTH):
+            part = steps[group : group + DEPTH]
+            self._progress("resync", part[0][0], state.array_sectors)
+            await self._steps(part)
+            await self._pace.account(sum(end - start for start, end in part), yielding)
+        return finished
+
+    async def _steps(self, steps: list[tuple[int, int]]) -> None:
+        """Copy several ranges at once; all have ended when this returns or raises."""
+        tasks = [asyncio.ensure_future(self._copy(lo, hi)) for lo, hi in steps]
+        try:
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        except asyncio.CancelledError:
+            with suppress(asyncio.CancelledError):
+                await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    async def _copy(self, lo: int, hi: int) -> None:
+        """Read [lo, hi) from the first copy, write it to all others that work."""
+        state = self.state
+        submitter = state.submitter
+        step = await hold_range(state, lo, hi)
+        length = (hi - lo) * 512
+        buffer = submitter.pool.take(length)
+        try:
+            source = await self._read_source(lo, hi, length, buffer)
+            targets = [member for member in state.writable if member is not source]
+            results = await asyncio.gather(
+                *(
+                    submitter.run(m.device, Op.WRITE, m.data_offset_bytes + lo * 512, length, buffer)
+                    for m in targets
+                )
+            )
+            for member, result in zip(targets, results, strict=True):
+                self._touched.add(member.index)
+                if result == -errno.ESHUTDOWN:
+                    raise OSError(errno.ESHUTDOWN, "the gate is shut")
+                if result != length:
+                    self._fail(1 << member.index, f"a resync write failed ({result})")
+                    raise CopyFailed(f"{member.path} refused a write at sector {lo}")
+        finally:
+            buffer.release()
+            state.ranges.remove(step)
+
+    async def _read_source(self, lo: int, hi: int, length: int, buffer: Buffer) -> Member:
+        state = self.state
+        tried = 0
+        while True:
+            source = state.first_copy(lo, hi, tried)
+            if source is None:
+                raise CopyFailed(f"no member can deliver sectors {lo} to {hi}")
+            result = await state.submitter.run(
+                source.device, Op.READ, source.data_offset_bytes + lo * 512, length, buffer
+            )
+            if result == length:
+                return source
+            if result == -errno.ESHUTDOWN:
+                raise OSError(errno.ESHUTDOWN, "the gate is shut")
+            state.log.warning("%s: read error in a resync at sector %d (%d)", source.path, lo, result)
+            tried |= 1 << source.index
+
+    async def _flush_touched(self) -> None:
+        """What was copied is durable before anything relies on it (rule 15)."""
+        state = self.state
+        touched, self._touched = self._touched, set()
+        members = [member for member in state.writable if member.index in touched]
+        results = await asyncio.gather(*(state.submitter.run(m.device, Op.FLUSH, 0, 0) for m in members))
+        for member, result in zip(members, results, strict=True):
+            if result == -errno.ESHUTDOWN:
+                raise OSError(errno.ESHUTDOWN, "the gate is shut")
+            if result < 0:
+                self._fail(1 << member.index, f"a flush failed ({result})")
+                raise CopyFailed(f"{member.path} cannot be flushed")
+
+    # --- recovery ---------------------------------------------------------------------------------
+
+    async def _recover(self) -> None:
+        """Fill the recovering members from the least of their recovery offsets to the end."""
+        state = self.state
+        targets = [member for member in state.writable if not member.in_sync]
+        position = min(member.recovery_offset for member in targets)
+        position = min(position, state.array_sectors) // STEP_SECTORS * STEP_SECTORS
+        checkpoint_s = state.clock.monotonic_s()
+        state.log.info("recovery of %s from sector %d", ", ".join(m.path for m in targets), position)
+        while position < state.array_sectors:
+            if state.the_bitmap().unreconciled:
+                break  # in-sync members first
+            hi = min(position + self._pace.window_sectors(True), state.array_sectors)
+            await self.coordinator.announce(position, hi)
+            steps = [(lo, min(lo + STEP_SECTORS, hi)) for lo in range(position, hi, STEP_SECTORS)]
+            for group in range(0, len(steps), DEPTH):
+                part = steps[group : group + DEPTH]
+                self._progress("recovery", part[0][0], state.array_sectors)
+                await self._steps(part)
+                await self._pace.account(sum(end - start for start, end in part), True)
+            await self._flush_touched()
+            for member in targets:
+                if member.faulty:
+                    raise CopyFailed(f"{member.path} failed while it was being filled")
+                member.recovery_offset = hi
+            position = hi
+            self._changed()
+            if state.clock.monotonic_s() - checkpoint_s > CHECKPOINT_S:
+                await self._record(targets, position)
+                checkpoint_s = state.clock.monotonic_s()
+        await self._record(targets, position)
+
+    async def _record(self, targets: list[Member], position: int) -> None:
+        """Write how far the recovery came; at the end the members are in sync, everywhere."""
+        state = self.state
+        finished = position >= state.array_sectors
+
+        def change() -> None:
+            for member in targets:
+                if not member.faulty:
+                    member.recovery_offset = MAX_SECTOR if finished else position
+                    member.in_sync = finished
+
+        state.trace.point("recovery.record", position=position)
+        await self.metadata.update(change)
+        if finished and not state.degraded:
+            state.the_bitmap().whole()
+        state.refresh()
+
+    async def checkpoint(self) -> None:
+        """On a clean stop: record how far a recovery came."""
+        state = self.state
+        targets = [member for member in state.writable if not member.in_sync]
+        moved = [m for m in targets if m.recovery_offset > m.superblock.recovery_offset]
+        if moved:
+            await self._record(targets, min(member.recovery_offset for member in targets))
+
+    # --- for people -------------------------------------------------------------------------------
+
+    def _progress(self, action: str, done: int, total: int) -> None:
+        self._status = SyncStatus(action, "running", done, total, self._pace.speed_kib_s)
+
+    def _waiting(self, how: str) -> SyncStatus:
+        action = "recovery" if self.work() == "recovery" else "resync"
+        return SyncStatus(action, how, 0, self.state.array_sectors, 0)
+
+    def status(self) -> SyncStatus | None:
+        if self._status is not None:
+            return self._status
+        if self.state.windows.any:
+            recovering = any(not member.in_sync for member in self.state.writable)
+            return SyncStatus(
+                "recovery" if recovering else "resync", "remote", 0, self.state.array_sectors, 0
+            )
+        return None
+
+    async def idle(self) -> None:
+        """Wait until nothing is being copied here and nothing waits to be."""
+        while True:
+            await self._quiet.wait()
+            if not self._wake.is_set() and self._status is None:
+                return
+            await asyncio.sleep(0)

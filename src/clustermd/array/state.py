@@ -1,0 +1,135 @@
+"""What the parts of one array share: members, bitmap, windows, ranges, and the counters people see.
+
+Each part (write, read, bitmap writer, metadata, faults, resync, sweep) is a class of its own over this state.
+`refresh` is called after every change of a member, and keeps the lists the hot path uses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from clustermd.array.bitmap import Bitmap
+from clustermd.array.member import Member
+from clustermd.array.ranges import Ranges
+from clustermd.array.request import Request
+from clustermd.array.windows import Windows
+from clustermd.clock import Clock
+from clustermd.device.member_device import Gate, Submitter
+from clustermd.ondisk.bitmap_superblock import BitmapSuperblock
+from clustermd.ondisk.superblock import ROLE_LIMIT, Superblock
+from clustermd.trace import Trace
+
+
+class Overdue(Protocol):
+    """Something that waits for members since `tick`, and can give up on them."""
+
+    tick: int
+
+    def give_up(self) -> int: ...
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the start of the process."""
+
+    data_reads: int = 0
+    data_writes: int = 0
+    bitmap_writes: int = 0
+    superblock_writes: int = 0
+    resynced_chunks: int = 0
+    takeovers: int = 0
+    rejoins: int = 0
+    read_errors_corrected: int = 0
+
+
+class ArrayState:
+    """The shared state. Sectors are array sectors unless they say otherwise."""
+
+    def __init__(
+        self,
+        name: str,
+        members: list[Member],
+        reference: Superblock,
+        submitter: Submitter,
+        clock: Clock,
+        trace: Trace,
+        *,
+        read_only: bool,
+    ) -> None:
+        self.name = name
+        self.members = members
+        self.reference = reference
+        self.submitter = submitter
+        self.clock = clock
+        self.trace = trace
+        self.read_only = read_only
+        self.log = logging.getLogger(f"clustermd.{name}")
+        self.array_sectors = reference.size
+        self.raid_disks = reference.raid_disks
+        self.events = reference.events
+        self.roles: list[int] = list(reference.dev_roles)
+        self.bitmap_header: BitmapSuperblock | None = None
+        self.bitmap: Bitmap | None = None
+        self.slot = 0
+        self.windows = Windows()
+        self.ranges = Ranges()
+        self.counters = Counters()
+        self.tick = 0
+        self.foreground = (
+            0  # client requests since the start; a resync sees from it whether others want the disks
+        )
+        self.held = "not started"
+        self.settled = False
+        self.unpublished = False
+        self.degraded = 0
+        self.clean = True
+        self.writable: list[Member] = []
+        self.in_sync: list[Member] = []
+        self.parked: list[Request] = []
+        self.flushes: set[Overdue] = set()
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.activate: Callable[[], None] = lambda: None  # a write waits for the array to be marked active
+        self.refresh()
+
+    @property
+    def gate(self) -> Gate:
+        return self.submitter.gate
+
+    def refresh(self) -> None:
+        """Recompute what depends on members' roles."""
+        with_role = sorted((m for m in self.members if m.writable), key=lambda member: member.role or 0)
+        self.writable = with_role
+        self.in_sync = [member for member in with_role if member.in_sync]
+        self.degraded = self.raid_disks - len({member.role for member in self.in_sync})
+
+    def missing_numbers(self) -> list[int]:
+        """Device numbers that have a role according to the superblocks, but no device here."""
+        here = {member.number for member in self.members}
+        return [number for number, role in enumerate(self.roles) if role < ROLE_LIMIT and number not in here]
+
+    def member_of(self, mask: int) -> list[Member]:
+        """The members whose bits are set in `mask`."""
+        return [member for member in self.members if mask >> member.index & 1]
+
+    def the_bitmap(self) -> Bitmap:
+        """The bitmap of a running array."""
+        assert self.bitmap is not None, "an array that is not started has no bitmap"
+        return self.bitmap
+
+    def first_copy(self, lo: int, hi: int, without: int = 0) -> Member | None:
+        """The first usable member in role order, not in mask `without`.
+
+        It is the one that all nodes read while copies may differ, and the source of every copy.
+        """
+        fallback = None
+        for member in self.writable:
+            if without >> member.index & 1 or not member.good_for(lo, hi):
+                continue
+            if not member.write_mostly:
+                return member
+            fallback = fallback or member
+        return fallback
