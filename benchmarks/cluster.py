@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clustermd.testing.load import fio_command
-from clustermd.testing.local_cluster import LocalCluster, Node
+from clustermd.testing.local_cluster import LocalCluster
 from clustermd.testing.waiting import wait_until
 
 GOALS = {"4k randwrite depth 16": 0.5, "4k randread depth 16": 1.0}
@@ -136,7 +136,7 @@ def benchmark(directory: str, size_bytes: int, runs: int, seconds: float) -> Non
                     before = counters(one.status().counters)
                     numbers[target.name].append(measure(target, pattern, size_bytes, seconds))
                     if steady:
-                        after = counters(settled(one))
+                        after = counters(one.status().counters)
                         for name in COUNTED:
                             did[name] += after[name] - before[name]
             print_row(pattern, {name: statistics.median(values) for name, values in numbers.items()})
@@ -147,19 +147,6 @@ def benchmark(directory: str, size_bytes: int, runs: int, seconds: float) -> Non
 
 def counters(all_of_them: dict[str, int]) -> dict[str, int]:
     return {name: all_of_them.get(name, 0) for name in COUNTED}
-
-
-def settled(node: Node) -> dict[str, int]:
-    """The counters once the array has published what the last run did."""
-    last = node.status().counters
-
-    def unchanged() -> bool:
-        nonlocal last
-        before, last = last, node.status().counters
-        return before["data_writes"] == last["data_writes"]
-
-    wait_until(unchanged, "the counters to stand still")
-    return last
 
 
 def print_head(directory: str, size_bytes: int, runs: int, seconds: float, names: list[str]) -> None:

@@ -16,7 +16,6 @@ program started through it is killed, by pid. `leftovers()` says what a test did
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -27,9 +26,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from clustermd.array.status import ArrayStatus
+from clustermd.node.control import ControlClient
 from clustermd.node.files import ArrayFiles
 from clustermd.rundir import RunDir
 from clustermd.testing.waiting import wait_until
@@ -213,9 +213,9 @@ class Node:
         return int(self.files(array).pid.read_text())
 
     def status(self, array: str = "md0") -> ArrayStatus:
-        """What the array process last published about itself."""
-        entry: dict[str, Any] = json.loads(self.files(array).status.read_text())
-        return ArrayStatus.from_wire(entry["status"])
+        """What the array process says of itself now. Raises Refused when it does not run or answer."""
+        with ControlClient(self.rundir, array) as client:
+            return ArrayStatus.from_wire(client.ask("status")["status"])
 
     def slot(self, array: str = "md0") -> int:
         """The slot of this node's bitmap."""
