@@ -146,7 +146,7 @@ class FrameLink(asyncio.Protocol):
 
     def send_bytes(self, data: bytes) -> None:
         """Send frames that are encoded already."""
-        if not self._ended and self._transport is not None:
+        if not self._ended and self._transport is not None and not self._transport.is_closing():
             self._transport.write(data)
 
     def close(self) -> None:

@@ -170,8 +170,8 @@ class LocalGroup:
     # --- the sequencer's link
 
     async def _reach(self) -> None:
-        async def attempt() -> FrameLink:
-            welcome: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        async def attempt() -> None:
+            welcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             link = await open_link(
                 self._rundir.sequencer_socket,
                 lambda link, frame: self._frame(link, frame, welcome),
@@ -179,26 +179,24 @@ class LocalGroup:
             )
             try:
                 link.send("hello", PROTOCOL, self.me.name, self.me.incarnation, self._place)
-                number = await welcome
+                await welcome
             except BaseException:
                 link.close()
                 raise
-            self.me = Member(number, self.me.incarnation, self.me.name)
-            return link
 
         root = self._rundir.root
-        link = await connect_or_start(
-            attempt, SEQUENCER_MODULE, self._rundir, root / "sequencer.log", self._clock
-        )
+        await connect_or_start(attempt, SEQUENCER_MODULE, self._rundir, root / "sequencer.log", self._clock)
+
+    def _welcomed(self, link: FrameLink, number: int, place: int) -> None:
+        """From here on this is our link; events may follow in the very same bytes."""
         self._link = link
         self._sequencer = (link.peer_pid, start_time(link.peer_pid) or 0)
-        self._watch.heard()
-        if link.ended:
-            self._link_ended("it ended at once")
-        elif self._joining and self._place is None:
+        self.me = Member(number, self.me.incarnation, self.me.name)
+        self._welcome_place = place
+        if self._joining and self._place is None:
             link.send("join")
 
-    def _lost(self, link: FrameLink, reason: str, welcome: asyncio.Future[int]) -> None:
+    def _lost(self, link: FrameLink, reason: str, welcome: asyncio.Future[None]) -> None:
         if not welcome.done():
             welcome.set_exception(ConnectionResetError(reason))
         elif link is self._link:
@@ -236,7 +234,7 @@ class LocalGroup:
             else:
                 return
 
-    def _frame(self, link: FrameLink, frame: Frame, welcome: asyncio.Future[int]) -> None:
+    def _frame(self, link: FrameLink, frame: Frame, welcome: asyncio.Future[None]) -> None:
         self._watch.heard()
         match frame:
             case ["message" | "view" | "fenced", *_]:
@@ -255,8 +253,8 @@ class LocalGroup:
                 if answer is not None and not answer.done():
                     answer.set_result(state)
             case ["welcome", int(number), int(place), bool()] if not welcome.done():
-                self._welcome_place = place
-                welcome.set_result(number)
+                self._welcomed(link, number, place)
+                welcome.set_result(None)
             case ["expelled", str(reason)]:
                 if not welcome.done():
                     welcome.set_exception(Refused("expelled", reason))

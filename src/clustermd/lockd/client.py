@@ -1,8 +1,8 @@
 """A process's connection to its node's lockd, which it starts when none runs.
 
-`connect` gives a `LockdConnection` with the lock manager's `session`. The order at a start of I/O is: open the disks,
-take their witness locks, `register` the witness, then write; at its end: close the disks, then
-`close`. When the lockd dies, or says that its life is over, the session is lost with all its locks
+`connect` gives a `LockdConnection` with the lock manager's `session`. At its start, a process that does I/O
+opens its disks, takes their witness locks, registers the witness, then writes; at its end it closes the
+disks, then this connection. When the lockd dies, or its life is over, the session is lost with all its locks
 (`Session.on_lost`): the process must shut its gate, drain and let go of its disks by itself within
 `unresponsive_s`, else it is killed.
 """
@@ -209,5 +209,6 @@ async def connect(
         waiting = tried[-1]._waiting if tried else ""
         raise Refused(
             "group-not-ready",
-            f"{rundir.node} is not in its cluster after {timeout_s:g} s: {waiting or 'its lockd does not answer'}",
+            f"{rundir.node} is not in its cluster after {timeout_s:g} s: "
+            f"{waiting or 'its lockd does not answer'}",
         ) from None

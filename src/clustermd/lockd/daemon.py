@@ -1,10 +1,10 @@
 """lockd: this node's member of the group, its replica of the lock manager, and its witness.
 
 One process per node and run directory, alone by a file lock. It joins the group, feeds the order to the
-replica, and serves sessions on a unix socket: array processes, `clustermd lock`, tools. It welcomes them after
-its replica's first install (dlm.md 6.6), tells them when the group is frozen or back, and proves the end of
-those that die (`lockd.sessions`). A session that answers no ping for `unresponsive_s` is killed and then
-proved dead the same way; from one second on it is shown in the status.
+replica, and serves sessions on a unix socket: array processes, `clustermd lock`, tools. It welcomes them
+after its replica's first install (dlm.md 6.6), tells them when the group is frozen or back, and proves the
+end of those that die (`lockd.sessions`). A session that answers no ping for `unresponsive_s` is killed and
+then proved dead the same way; from one second on it is shown in the status.
 
 It ends when it had no session for `linger_s`, on SIGTERM (its sessions are lost then, and proved), and at
 once when its replica or the group says that this life is over: the sessions see their sockets end, and the
@@ -223,7 +223,8 @@ class Lockd:
         if (said.pid, said.pid_started) != (state.pid, state.pid_started):
             raise Refused(
                 "not-your-witness",
-                f"a witness of process {said.pid} cannot be registered by process {state.pid}: each does it for itself",
+                f"a witness of process {said.pid} cannot be registered by process {state.pid}: "
+                "each does it for itself",
             )
         return Witness(state.key(said.key), said.pid, said.pid_started, said.offset, said.paths)
 
