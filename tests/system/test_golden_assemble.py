@@ -36,6 +36,13 @@ CLUSTER_NAME = "goldens"
 PATTERN_LINE_BYTES = 32
 RECOVERY_S = 40
 
+LOST_BY_LINUX = {
+    "c09-both-killed/assembled-ro": {800, 2500},
+    "c09-both-killed/recovered": {800, 2500},
+}
+"""Blocks that differ under clear bits in the snapshot itself: Linux had forgotten the bits (F1), so no
+later assembly can know of them. From `c09-both-killed/crash`, where the bits are still there, all is equal."""
+
 
 GOLDENS = Path(
     os.environ.get("CLUSTERMD_GOLDENS") or Path(__file__).resolve().parents[2].parent / "shared" / "goldens"
@@ -139,13 +146,14 @@ def test_an_array_made_by_linux(cluster: LocalCluster, name: str) -> None:
 
     now_in_sync = sorted({*snapshot.in_sync, *snapshot.recovering})
     paths = [snapshot.paths[number] for number in now_in_sync]
-    assert differing_blocks(paths) == []
-    check_content(snapshot, GOLDENS / name, paths[0])
+    lost = LOST_BY_LINUX.get(name, set())
+    assert set(differing_blocks(paths)) == lost
+    check_content(snapshot, GOLDENS / name, paths[0], lost)
     check_metadata(paths, degraded_before)
     check_spares(snapshot, set(now_in_sync))
 
 
-def check_content(snapshot: Snapshot, directory: Path, path: str) -> None:
+def check_content(snapshot: Snapshot, directory: Path, path: str, lost: set[int]) -> None:
     """Each block is what some member in sync held, and the same as before where no bit was dirty."""
     sources = [snapshot.data[number] for number in snapshot.in_sync]
     after = data_of(look(path))
@@ -156,7 +164,7 @@ def check_content(snapshot: Snapshot, directory: Path, path: str) -> None:
         block = after[offset : offset + BLOCK_BYTES]
         held = {source[offset : offset + BLOCK_BYTES] for source in sources}
         assert block in held, f"block {offset // BLOCK_BYTES} holds what no member held"
-        if offset // chunk_bytes not in dirty:
+        if offset // chunk_bytes not in dirty and offset // BLOCK_BYTES not in lost:
             assert len(held) == 1, f"block {offset // BLOCK_BYTES} differed under a clear bit"
     check_labels(directory.parent / "expect.json", after)
 
