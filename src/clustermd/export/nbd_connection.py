@@ -130,6 +130,7 @@ class Connection:
         self.finish(reason)
         self._replies.close()
         self._close()
+        self._replies.schedule_flush()  # which finds that this was the end, now or when the array answers
 
     def _close(self) -> None:
         if self._open:
