@@ -2,7 +2,10 @@
 
 An array of little-endian u64 words, `sector << 10 | count`, ended by a word of ones, sectors and counts in
 units of `1 << bblog_shift` sectors (md-cluster spec 1.12). Sectors are those of the **device**, data_offset
-included: that is what the running kernel compares with. Clustered arrays have no log.
+included: that is what the running kernel compares with.
+
+Clustered arrays have no log. A disk that mdadm added to one claims a log all the same, at the very place
+of slot 1's bitmap, so `log_place` asks where the bitmaps lie before it believes a superblock.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ import struct
 from collections.abc import Iterable
 
 from clustermd.errors import BadBytes, Refused
+from clustermd.ondisk.bitmap_bits import BitmapGeometry
+from clustermd.ondisk.superblock import Superblock
 
 END = 0xFFFF_FFFF_FFFF_FFFF
 MAX_UNITS = 512
@@ -19,6 +24,23 @@ MAX_SHIFT = 20
 _COUNT_BITS = 10
 _COUNT_MASK = (1 << _COUNT_BITS) - 1
 _MAX_SECTOR_UNITS = (1 << 54) - 1
+
+
+def log_place(superblock: Superblock, geometry: BitmapGeometry | None) -> tuple[int, int] | None:
+    """Where the log of a member lies, as (device sector, sectors); None where there is none to be used.
+
+    `geometry` is that of the array's bitmaps, None without. A log that overlaps them is none: what stands
+    there are bits, and writing it would destroy them.
+    """
+    if not superblock.has_bad_block_log:
+        return None
+    start = superblock.super_offset + superblock.bblog_offset
+    if geometry is not None:
+        low = geometry.start_sector(superblock.super_offset, superblock.bitmap_offset, 0)
+        high = geometry.start_sector(superblock.super_offset, superblock.bitmap_offset, geometry.slots)
+        if start < high and low < start + superblock.bblog_size:
+            return None
+    return start, superblock.bblog_size
 
 
 def parse(data: bytes, *, shift: int = 0, device_sectors: int | None = None) -> list[tuple[int, int]]:

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 from clustermd.errors import BadBytes
 from clustermd.ondisk.bitmap_superblock import HEADER_BYTES, MAX_NODES, MIN_CHUNK_BYTES, BitmapSuperblock
-from clustermd.ondisk.superblock import Superblock
 
 PAGE_BYTES = 4096
 PAGE_SECTORS = PAGE_BYTES // 512
@@ -105,23 +104,24 @@ class BitmapGeometry:
         page, byte = divmod(HEADER_BYTES + (bit >> 3), PAGE_BYTES)
         return BitPosition(page, byte, 1 << (bit & 7))
 
-    def check_fits(self, sb: Superblock, device_sectors: int) -> None:
-        """Refuse areas that touch superblock, data, bad block log or the end of the device (spec 2.10).
+    def check_fits(
+        self, *, super_offset: int, bitmap_offset: int, data_offset: int, device_sectors: int, size: int = 0
+    ) -> None:
+        """Refuse areas that touch the superblock, the data or the end of the device (spec 2.10).
 
-        `sb` says where those lie. Raises BadBytes `bitmap-out-of-place`.
+        All in sectors and named as in the superblock; `size` is the component size, needed where the data
+        lies before the bitmap (1.0). The bad block log is not looked at: see `bad_blocks.log_place`.
+        Raises BadBytes `bitmap-out-of-place`.
         """
-        start = self.start_sector(sb.super_offset, sb.bitmap_offset, 0)
-        end = self.start_sector(sb.super_offset, sb.bitmap_offset, self.slots)
-        taken = {
-            "superblock": (sb.super_offset, sb.super_offset + sb.size_on_disk_sectors),
-            "data": (sb.data_offset, sb.data_offset + sb.size),
-        }
-        if sb.has_bad_block_log:
-            log = sb.super_offset + sb.bblog_offset
-            taken["bad block log"] = (log, log + sb.bblog_size)
-        conflict = next((name for name, (low, high) in taken.items() if start < high and low < end), None)
+        start = self.start_sector(super_offset, bitmap_offset, 0)
+        end = self.start_sector(super_offset, bitmap_offset, self.slots)
+        conflict = ""
         if start < 0 or end > device_sectors:
             conflict = "end of the device"
+        elif start <= super_offset < end:
+            conflict = "superblock"
+        elif end > data_offset > super_offset or start < data_offset + size <= super_offset:
+            conflict = "data"
         if conflict:
             raise BadBytes(
                 "bitmap-out-of-place",

@@ -220,7 +220,13 @@ def plan_member(
             sb = replace(sb, bblog_size=BAD_BLOCK_LOG_SECTORS, bblog_offset=log_offset)
     writes: list[tuple[int, bytes]] = []
     if header is not None and geometry is not None:
-        geometry.check_fits(sb, device.sectors)
+        geometry.check_fits(
+            super_offset=super_offset,
+            bitmap_offset=sb.bitmap_offset,
+            data_offset=sb.data_offset,
+            device_sectors=device.sectors,
+            size=sb.size,
+        )
         writes = [
             (
                 geometry.start_sector(super_offset, sb.bitmap_offset, slot),
