@@ -110,11 +110,10 @@ def _pick(command: Command, rundir: RunDir, shown: str, paths: list[str]) -> lis
                     if command.verbose:
                         say(f"no usable superblock on {path}: {error.message}")
                     continue
-                what = "no recogniseable" if error.code == "no-superblock" else "no usable"
+                what = "no" if error.code == "no-superblock" else "no usable"
                 raise DeviceRefused(
                     "no-superblock",
-                    f"{what} superblock on {path}: {error.message}\n"
-                    f"clustermd: {path} has no superblock - assembly aborted",
+                    f"{path} has {what} superblock - assembly aborted: {error.message}",
                     path=path,
                 ) from error
         if not _wanted(command, rundir, superblock):

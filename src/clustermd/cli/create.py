@@ -20,7 +20,7 @@ from clustermd.cli.detail import array_json
 from clustermd.cli.grammar import Command
 from clustermd.cli.output import say, show_json
 from clustermd.cli.start import start
-from clustermd.device.direct import open_member
+from clustermd.device.direct import DirectDevice, open_member
 from clustermd.device.in_use import in_use_by_kernel
 from clustermd.errors import DeviceRefused, Refused
 from clustermd.node.cluster_name import own_cluster_name
@@ -49,9 +49,13 @@ def create(command: Command) -> int:
             "already-running", f"{name} is already running on this node: stop it, or take another name"
         )
     with contextlib.ExitStack() as opened:
-        disks = [None if path == MISSING else opened.enter_context(_claim(path, opened)) for path in paths]
+        disks = [
+            None if path == MISSING else opened.enter_context(Disk(path, writable=True)) for path in paths
+        ]
         present = [disk for disk in disks if disk is not None]
         _check_twice(present)
+        for disk in present:
+            opened.callback(_claim(disk).close)
         plan = _plan(command, rundir, name, disks)
         warnings = [message for disk in present for message in contents(disk)]
         largest = max(present, key=lambda disk: disk.size_sectors)
@@ -130,23 +134,20 @@ def _check_wishes(command: Command, paths: Sequence[str]) -> None:
         say("chunk size ignored for this level")
 
 
-def _claim(path: str, opened: contextlib.ExitStack) -> Disk:
-    """Open a device for writing, and keep everybody else from it. Raises DeviceRefused with who uses it."""
-    disk = Disk(path, writable=True)
-    with contextlib.ExitStack() as guard:
-        guard.enter_context(disk)
-        user = in_use_by_kernel(path)
-        if user is not None:
-            raise DeviceRefused(
-                "device-busy", f"{path} is {user}: free it first, or use another device", path=path
-            )
-        if disk.in_use_by_array():
-            raise DeviceRefused(
-                "device-in-array", f"{path} is a member of a running array: stop that array first", path=path
-            )
-        opened.callback(open_member(path).close)
-        guard.pop_all()
-    return disk
+def _claim(disk: Disk) -> DirectDevice:
+    """Keep everybody else from a device until it is closed. Raises DeviceRefused with who uses it."""
+    user = in_use_by_kernel(disk.path)
+    if user is not None:
+        raise DeviceRefused(
+            "device-busy", f"{disk.path} is {user}: free it first, or use another device", path=disk.path
+        )
+    if disk.in_use_by_array():
+        raise DeviceRefused(
+            "device-in-array",
+            f"{disk.path} is a member of a running array: stop that array first",
+            path=disk.path,
+        )
+    return open_member(disk.path)
 
 
 def _check_twice(disks: Sequence[Disk]) -> None:

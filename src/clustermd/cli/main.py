@@ -95,4 +95,4 @@ def _refused_status(command: Command, refusal: Refused) -> int:
     """mdadm ends with 2 when -C cannot open a device, and with 1 when it refuses for another reason."""
     if command.mode is Mode.CREATE and isinstance(refusal, DeviceRefused) and refusal.code == "cannot-open":
         return USAGE
-    return USAGE if isinstance(refusal, UsageError) or refusal.code == "usage" else 1
+    return USAGE if isinstance(refusal, UsageError) or refusal.code in ("usage", "not-offered") else 1

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
 from contextlib import AsyncExitStack
+from uuid import UUID
 
 from clustermd.array.array import Array
 from clustermd.array.assemble import Assembly, load_members
 from clustermd.array.coordinator import Alone, Coordinator
 from clustermd.array.status import ArrayStatus
 from clustermd.clock import SystemClock
-from clustermd.device.direct import open_member
+from clustermd.cluster.cluster import Cluster
+from clustermd.device.direct import DirectDevice, open_member
 from clustermd.device.in_use import in_use_by_kernel
 from clustermd.device.submitter import make_submitter
 from clustermd.errors import DeviceRefused, Refused
@@ -26,6 +27,7 @@ from clustermd.node.cluster_name import own_cluster_name
 from clustermd.node.config import ArrayConfig
 from clustermd.node.disk import Disk
 from clustermd.node.files import ArrayFiles, SpeedLimits
+from clustermd.node.link import connect_link
 from clustermd.node.running import Notice, RunningArray
 from clustermd.rundir import RunDir
 from clustermd.trace import Trace
@@ -71,17 +73,26 @@ async def start_array(config: ArrayConfig, rundir: RunDir, trace: Trace, notice:
     async with AsyncExitStack() as undo:
         submitter = make_submitter()
         undo.push_async_callback(submitter.close)
-        assembly = await load_members(
-            config.paths,
-            lambda path: open_member(path, read_only=config.read_only, clustered=clustered),
-            submitter,
-        )
+        devices: list[DirectDevice] = []
+
+        def opener(path: str) -> DirectDevice:
+            devices.append(open_member(path, read_only=config.read_only, clustered=clustered))
+            return devices[-1]
+
+        assembly = await load_members(config.paths, opener, submitter)
         undo.callback(assembly.close)
         for out in assembly.left_out:
             log.warning("%s: %s is left out: %s", config.name, out.path, out.why)
             notice(f"{out.path} is left out: {out.why}")
         _check_cluster(config, assembly)
-        coordinator = await _coordinator(config, rundir, assembly, trace, notice)
+        coordinator: Coordinator = Alone()
+        if assembly.clustered and not config.read_only:
+            members = [device for device in devices if device.fd >= 0]
+            coordinator = Cluster(
+                str(UUID(bytes=assembly.reference.set_uuid)),
+                lambda: connect_link(rundir, config.name, members, submitter, notice),
+                trace,
+            )
         array = Array(
             config.name,
             assembly,
@@ -141,9 +152,3 @@ def _check_cluster(config: ArrayConfig, assembly: Assembly) -> None:
             array_cluster=template.cluster_name,
             own_cluster=own,
         )
-
-
-async def _coordinator(
-    config: ArrayConfig, rundir: RunDir, assembly: Assembly, trace: Trace, notice: Callable[[str], None]
-) -> Coordinator:
-    return Alone()

@@ -1,0 +1,97 @@
+"""The place of an array process among the nodes: its session of the lockd, and the witness of its I/O.
+
+Before it writes anything, the process locks one byte of every disk through the descriptors that do its I/O and
+has its lockd make that durable (design section 5). Should it die, whoever finds those bytes free knows that
+nothing of it is in flight any more. At the end of each life of the array the bytes are given back first, when
+nothing is in flight, then the session is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+
+from clustermd.device import witness
+from clustermd.device.direct import DirectDevice
+from clustermd.device.member_device import Submitter
+from clustermd.dlm.lockspace import Lockspace, LockspaceEvents
+from clustermd.errors import Refused
+from clustermd.group.process_group import Witness
+from clustermd.lockd.client import LockdConnection, connect
+from clustermd.node.files import process_started
+from clustermd.rundir import RunDir
+
+SAY_S = 2.0
+"""How long to wait without a word."""
+_POLL_S = 0.02
+
+
+class LockdLink:
+    """A `cluster.Link` over this node's lockd. Made by `connect_link`."""
+
+    def __init__(
+        self, connection: LockdConnection, devices: Sequence[DirectDevice], submitter: Submitter
+    ) -> None:
+        self._connection = connection
+        self._devices = devices
+        self._submitter = submitter
+
+    @property
+    def offset(self) -> int:
+        """The byte that proves our end: one per node, far behind any data."""
+        return witness.WITNESS_BASE + self._connection.node
+
+    async def join(self, name: str, events: LockspaceEvents, max_slots: int) -> Lockspace:
+        return await self._connection.session.join(name, events, max_slots=max_slots)
+
+    async def close(self) -> None:
+        """Wait for the last request of this life, give up the witness locks, then the session."""
+        await self._submitter.drained()
+        for device in self._devices:
+            if device.fd >= 0:
+                witness.release(device.fd, self.offset)
+        await self._connection.close()
+
+    async def take_witness(self, array: str, notice: Callable[[str], None]) -> None:
+        """Lock our byte of every disk and register it. Waits for a former process of this node to be gone."""
+        for device in self._devices:
+            loop = asyncio.get_running_loop()
+            say_s = loop.time() + SAY_S
+            while not witness.hold(device.fd, self.offset):
+                # The kernel tells nobody when the last request of a dead process has landed.
+                if loop.time() >= say_s:
+                    notice(f"waiting for the last requests of a former process of this node on {device.path}")
+                    say_s = loop.time() + 10 * SAY_S
+                await asyncio.sleep(_POLL_S)
+        paths = tuple((os.path.abspath(device.path), *device.identity) for device in self._devices)
+        pid = os.getpid()
+        await self._connection.register(Witness(array, pid, process_started(pid), self.offset, paths))
+
+
+async def connect_link(
+    rundir: RunDir,
+    array: str,
+    devices: Sequence[DirectDevice],
+    submitter: Submitter,
+    notice: Callable[[str], None],
+) -> LockdLink:
+    """Join this node's lockd, started if need be, and register the witness. Says what it waits for.
+
+    Raises Refused, DeviceRefused when a disk is held by the kernel, ClusterLost.
+    """
+    while True:
+        try:
+            connection = await connect(rundir, f"array {array}", timeout_s=SAY_S)
+            break
+        except Refused as refusal:
+            if refusal.code != "group-not-ready":
+                raise
+            notice(refusal.message)
+    link = LockdLink(connection, devices, submitter)
+    try:
+        await link.take_witness(array, notice)
+    except BaseException:
+        await link.close()
+        raise
+    return link
