@@ -7,18 +7,16 @@ an event; its standard input tells it what to do. Members, not the test, are kil
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from daemon_kit import UNRESPONSIVE_S, Machine, Process, commands, machine_of_its_own, tell
 
 from clustermd.clock import SystemClock, SystemRandom
 from clustermd.device.witness import WITNESS_BASE, hold
@@ -31,9 +29,6 @@ from clustermd.rundir import RunDir
 from clustermd.trace import Trace
 
 pytestmark = pytest.mark.system
-
-PATIENCE_S = 30.0
-UNRESPONSIVE_S = 1.5
 
 
 class Teller:
@@ -60,11 +55,6 @@ class Teller:
         tell("fenced", member.name, proof)
 
 
-def tell(*event: Any) -> None:
-    sys.stdout.write(json.dumps(event) + "\n")
-    sys.stdout.flush()
-
-
 def expelled(reason: str) -> None:
     tell("expelled", reason)
     os._exit(3)
@@ -76,18 +66,7 @@ async def be_member() -> None:
     await group.connect()
     tell("node", group.me.node)
     group.join(Teller())
-    lines: asyncio.Queue[str] = asyncio.Queue()
-
-    def read() -> None:
-        data = os.read(0, 1 << 16)
-        for line in data.decode().splitlines() or [""]:
-            lines.put_nowait(line)
-        if not data:
-            asyncio.get_running_loop().remove_reader(0)
-
-    asyncio.get_running_loop().add_reader(0, read)
-    while True:
-        words = (await lines.get()).split()
+    async for words in commands():
         match words:
             case ["send", first, count]:
                 for number in range(int(first), int(first) + int(count)):
@@ -133,117 +112,17 @@ def be_holder(path: str, offset: int) -> None:
     sys.stdin.readline()
 
 
-class Process:
-    """A child of the test and the events it has written so far."""
+class Group:
+    """Members on one machine, and processes that do I/O for them."""
 
-    def __init__(self, environment: dict[str, str], *arguments: str) -> None:
-        self.popen = subprocess.Popen(
-            [sys.executable, __file__, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            env=environment,
-        )
-        assert self.popen.stdout is not None
-        os.set_blocking(self.popen.stdout.fileno(), False)
-        self.events: list[list[Any]] = []
-        self._partial = b""
-
-    @property
-    def pid(self) -> int:
-        return self.popen.pid
-
-    def say(self, *words: Any) -> None:
-        assert self.popen.stdin is not None
-        self.read()
-        assert self.popen.poll() is None, self.events[-5:]
-        self.popen.stdin.write((" ".join(map(str, words)) + "\n").encode())
-
-    def read(self) -> None:
-        assert self.popen.stdout is not None
-        try:
-            while data := os.read(self.popen.stdout.fileno(), 1 << 20):
-                *lines, self._partial = (self._partial + data).split(b"\n")
-                self.events += [json.loads(line) for line in lines]
-        except BlockingIOError:
-            pass
-
-    def wait(self, wanted: Callable[[list[Any]], bool], what: str) -> list[Any]:
-        """The first event that is `wanted`."""
-        end_s = time.monotonic() + PATIENCE_S
-        while time.monotonic() < end_s:
-            self.read()
-            for event in self.events:
-                if wanted(event):
-                    return event
-            time.sleep(0.005)
-        raise AssertionError(f"no {what}; heard {self.events[-8:]}")
-
-    def wait_view(self, *names: str) -> list[Any]:
-        return self.wait(lambda e: e[0] == "view" and e[2] == list(names) and e[5], f"view of {names}")
-
-    def wait_status(self, wanted: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
-        """The first status, asked again and again, that is `wanted`; statuses leave the events."""
-        end_s = time.monotonic() + PATIENCE_S
-        state: dict[str, Any] = {}
-        while time.monotonic() < end_s:
-            self.say("status")
-            state = self.wait(lambda event: event[0] == "status", "status")[1]
-            self.events = [event for event in self.events if event[0] != "status"]
-            if wanted(state):
-                return state
-        raise AssertionError(f"no {what}; last {state}")
-
-    def ordered(self) -> list[Any]:
-        """Everything of the agreed order: no views of a member alone with itself."""
-        return [e for e in self.events if e[0] in ("message", "fenced") or (e[0] == "view" and e[5])]
-
-    def wait_messages(self, count: int) -> None:
-        end_s = time.monotonic() + PATIENCE_S
-        while len(self.messages()) < count:
-            assert time.monotonic() < end_s, f"{len(self.messages())} of {count} messages; {self.events[-3:]}"
-            self.read()
-            time.sleep(0.005)
-
-    def messages(self) -> list[Any]:
-        return [event for event in self.events if event[0] == "message"]
-
-    def end(self) -> None:
-        if self.popen.poll() is None:
-            self.popen.kill()
-        self.popen.wait()
-        assert self.popen.stdin is not None and self.popen.stdout is not None
-        self.popen.stdin.close()
-        self.popen.stdout.close()
-
-
-class Machine:
-    """A run directory and the processes of a test."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.processes: list[Process] = []
-        self.environment = dict(
-            os.environ,
-            CLUSTERMD_RUN=str(root),
-            CLUSTERMD_UNRESPONSIVE_S=str(UNRESPONSIVE_S),
-            CLUSTERMD_LINGER_S="0.3",
-        )
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.root = machine.root
 
     def member(self, name: str) -> Process:
-        return self._start({"CLUSTERMD_NODE": name}, "member")
+        return self.machine.start(__file__, name, "member")
 
-    def holder(self, path: Path, node: int) -> Process:
-        process = self._start({}, "holder", str(path), str(WITNESS_BASE + node))
-        process.wait(lambda event: event == ["holding"], "lock")
-        return process
-
-    def _start(self, more: dict[str, str], *arguments: str) -> Process:
-        process = Process(self.environment | more, *arguments)
-        self.processes.append(process)
-        return process
-
-    def group(self, *names: str) -> list[Process]:
+    def members(self, *names: str) -> list[Process]:
         """Members that are all in one view, started one after the other."""
         members = []
         for name in names:
@@ -252,32 +131,26 @@ class Machine:
                 member.wait_view(*names[: len(members)])
         return members
 
+    def holder(self, path: Path, node: int) -> Process:
+        process = self.machine.start(__file__, "holder", "holder", str(path), str(WITNESS_BASE + node))
+        process.wait(lambda event: event == ["holding"], "lock")
+        return process
+
     def sequencer_pid(self, among: Process, not_pid: int = 0) -> int:
         def there(state: dict[str, Any]) -> bool:
             return bool(state["sequencer"]) and state["sequencer"]["pid"] != not_pid and not state["frozen"]
 
         return int(among.wait_status(there, "sequencer")["sequencer"]["pid"])
 
-    def log(self) -> str:
-        return (self.root / "sequencer.log").read_text()
-
 
 @pytest.fixture
-def machine() -> Iterator[Machine]:
-    with tempfile.TemporaryDirectory(prefix="cmd-") as directory:
-        machine = Machine(Path(directory) / "run")
-        yield machine
-        for process in machine.processes:
-            process.end()
-        # without members the sequencer proves their end and goes
-        end_s = time.monotonic() + PATIENCE_S
-        while not machine.log().rstrip().endswith("] ended"):
-            assert time.monotonic() < end_s, machine.log()
-            time.sleep(0.02)
+def group() -> Iterator[Group]:
+    with machine_of_its_own() as machine:
+        yield Group(machine)
 
 
-def test_three_nodes_start_by_themselves_and_hear_one_order(machine: Machine) -> None:
-    members = [machine.member(name) for name in ("a", "b", "c")]  # at once: they race for the sequencer
+def test_three_nodes_start_by_themselves_and_hear_one_order(group: Group) -> None:
+    members = [group.member(name) for name in ("a", "b", "c")]  # at once: they race for the sequencer
     names = {member.wait(lambda e: e[0] == "node", "number")[1] for member in members}
     assert names == {1, 2, 3}
     for member in members:
@@ -288,14 +161,14 @@ def test_three_nodes_start_by_themselves_and_hear_one_order(machine: Machine) ->
     assert members[0].messages() == members[1].messages() == members[2].messages()
     indexes = [event[1] for event in members[0].messages()]
     assert indexes == list(range(indexes[0], indexes[0] + 1500))
-    assert sorted((machine.root / "nodes").read_text().split()[1::2]) == ["a", "b", "c"]
+    assert sorted((group.root / "nodes").read_text().split()[1::2]) == ["a", "b", "c"]
     for path in ("sequencer.sock", "order.log", "incarnations.json", "nodes", "sequencer.lock"):
-        assert (machine.root / path).stat().st_mode & 0o077 == 0, path
-    assert machine.log().count("started") == 1
+        assert (group.root / path).stat().st_mode & 0o077 == 0, path
+    assert group.machine.log().count("started") == 1
 
 
-def test_a_leaver_is_not_fenced(machine: Machine) -> None:
-    a, b = machine.group("a", "b")
+def test_a_leaver_is_not_fenced(group: Group) -> None:
+    a, b = group.members("a", "b")
     b.say("leave")
     view = a.wait_view("a")
     a.wait(lambda e: e[0] == "view" and e[4] == [["b", "left"]], "departure of b")
@@ -305,13 +178,13 @@ def test_a_leaver_is_not_fenced(machine: Machine) -> None:
     assert view is not None and not [e for e in a.events if e[0] == "fenced"]
 
 
-def test_a_killed_member_is_lost_at_once_and_fenced_when_its_lock_is_free(machine: Machine) -> None:
-    a, b = machine.group("a", "b")
-    disk = machine.root / "disk"
+def test_a_killed_member_is_lost_at_once_and_fenced_when_its_lock_is_free(group: Group) -> None:
+    a, b = group.members("a", "b")
+    disk = group.root / "disk"
     disk.write_bytes(bytes(4096))
     b.say("witness", disk, os.getpid())
     b.wait(lambda e: e == ["refused", "witness-not-held"], "refusal of a lock nobody holds")
-    holder = machine.holder(disk, 2)
+    holder = group.holder(disk, 2)
     b.say("witness", disk, holder.pid)
     b.wait(lambda e: e == ["registered"], "registration")
     b.say("leave")
@@ -325,16 +198,16 @@ def test_a_killed_member_is_lost_at_once_and_fenced_when_its_lock_is_free(machin
     holder.say("let go")
     proof = a.wait(lambda e: e[0] == "fenced" and e[1] == "b", "fencing")[2]
     assert "killed" not in proof and str(disk) in proof
-    again = machine.member("b")
+    again = group.member("b")
     assert again.wait(lambda e: e[0] == "node", "number")[1] == 2
     a.wait(lambda e: e[0] == "view" and e[3] == ["b"] and e[1][1] > 3, "return of b")
 
 
-def test_a_process_that_does_not_let_go_is_killed_within_the_bound(machine: Machine) -> None:
-    a, b = machine.group("a", "b")
-    disk = machine.root / "disk"
+def test_a_process_that_does_not_let_go_is_killed_within_the_bound(group: Group) -> None:
+    a, b = group.members("a", "b")
+    disk = group.root / "disk"
     disk.write_bytes(bytes(4096))
-    holder = machine.holder(disk, 2)
+    holder = group.holder(disk, 2)
     os.kill(holder.pid, signal.SIGSTOP)
     b.say("witness", disk, holder.pid)
     b.wait(lambda e: e == ["registered"], "registration")
@@ -345,8 +218,8 @@ def test_a_process_that_does_not_let_go_is_killed_within_the_bound(machine: Mach
     assert holder.popen.wait() == -signal.SIGKILL
 
 
-def test_a_stopped_member_is_shown_then_killed_and_proved(machine: Machine) -> None:
-    a, b = machine.group("a", "b")
+def test_a_stopped_member_is_shown_then_killed_and_proved(group: Group) -> None:
+    a, b = group.members("a", "b")
     stopped_s = time.monotonic()
     os.kill(b.pid, signal.SIGSTOP)
 
@@ -360,24 +233,24 @@ def test_a_stopped_member_is_shown_then_killed_and_proved(machine: Machine) -> N
     assert b.popen.wait() == -signal.SIGKILL
 
 
-def test_a_stopped_sequencer_is_replaced(machine: Machine) -> None:
-    a, b = machine.group("a", "b")
-    pid = machine.sequencer_pid(a)
+def test_a_stopped_sequencer_is_replaced(group: Group) -> None:
+    a, b = group.members("a", "b")
+    pid = group.sequencer_pid(a)
     os.kill(pid, signal.SIGSTOP)
     a.say("send", 0, 10)
     for member in (a, b):
         member.wait_messages(10)
-    assert machine.sequencer_pid(a) != pid
+    assert group.sequencer_pid(a) != pid
     assert a.ordered()[1:] == b.ordered()  # a heard one view before b joined
 
 
-def test_twenty_dead_sequencers_under_load_lose_and_reorder_nothing(machine: Machine) -> None:
-    members = machine.group("a", "b", "c")
+def test_twenty_dead_sequencers_under_load_lose_and_reorder_nothing(group: Group) -> None:
+    members = group.members("a", "b", "c")
     pid = 0
     for life in range(20):
         for member in members:
             member.say("send", life * 200, 200)
-        pid = machine.sequencer_pid(members[0], not_pid=pid)
+        pid = group.sequencer_pid(members[0], not_pid=pid)
         os.kill(pid, signal.SIGKILL)
     for member in members:
         member.wait_messages(3 * 4000)
@@ -399,19 +272,19 @@ def test_twenty_dead_sequencers_under_load_lose_and_reorder_nothing(machine: Mac
     )
 
 
-def test_a_new_sequencer_waits_for_the_former_lives(machine: Machine) -> None:
-    a, b = machine.group("a", "b")
-    disk = machine.root / "disk"
+def test_a_new_sequencer_waits_for_the_former_lives(group: Group) -> None:
+    a, b = group.members("a", "b")
+    disk = group.root / "disk"
     disk.write_bytes(bytes(4096))
-    holder = machine.holder(disk, 2)
+    holder = group.holder(disk, 2)
     b.say("witness", disk, holder.pid)
     b.wait(lambda e: e == ["registered"], "registration")
-    pid = machine.sequencer_pid(a)
+    pid = group.sequencer_pid(a)
     os.kill(b.pid, signal.SIGSTOP)
     os.kill(pid, signal.SIGKILL)
     os.kill(b.pid, signal.SIGKILL)
     a.wait(lambda e: e[0] == "view" and not e[5], "frozen view")
-    c = machine.member("c")
+    c = group.member("c")
 
     def unproved(state: dict[str, Any]) -> bool:
         sequencer = state["sequencer"]
@@ -431,10 +304,10 @@ def test_a_new_sequencer_waits_for_the_former_lives(machine: Machine) -> None:
     c.wait(lambda e: e[0] == "view" and e[2] == ["a", "c"], "view with c")
 
 
-def test_a_former_life_that_stays_away_is_killed_and_fenced(machine: Machine) -> None:
-    a, b = machine.group("a", "b")
+def test_a_former_life_that_stays_away_is_killed_and_fenced(group: Group) -> None:
+    a, b = group.members("a", "b")
     os.kill(b.pid, signal.SIGSTOP)
-    os.kill(machine.sequencer_pid(a), signal.SIGKILL)
+    os.kill(group.sequencer_pid(a), signal.SIGKILL)
     a.wait(lambda e: e[0] == "fenced" and e[1] == "b", "fencing")
     assert b.popen.wait() == -signal.SIGKILL
     a.say("send", 0, 1)
