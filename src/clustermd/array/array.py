@@ -182,8 +182,8 @@ class Array:
             self._check_members()
             if self.coordinator.clustered:
                 await self.metadata.update(self._mark_active)
-            elif state.missing_numbers():
-                await self.metadata.update(self._mark_missing)
+            elif state.missing_numbers() or not state.events:
+                await self.metadata.update(self._mark_missing)  # the first start counts as an event
         self._living = True
         state.held = ""
         state.trace.point("array.serving", slot=state.slot)

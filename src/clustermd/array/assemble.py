@@ -228,7 +228,13 @@ async def _read_template(assembly: Assembly, submitter: Submitter) -> BitmapSupe
             )
             header.check(reference.set_uuid)
             geometry = BitmapGeometry(header.chunksize, reference.size, header.nodes)
-            geometry.check_fits(superblock, member.device.size_sectors)
+            geometry.check_fits(
+                super_offset=superblock.super_offset,
+                bitmap_offset=superblock.bitmap_offset,
+                data_offset=superblock.data_offset,
+                device_sectors=member.device.size_sectors,
+                size=superblock.size,
+            )
             if reference.clustered and header.nodes < 1:
                 raise BadBytes("bitmap-slots-differ", "the array is clustered, its bitmap is not")
         except (BadBytes, OSError) as error:

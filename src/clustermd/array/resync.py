@@ -223,13 +223,12 @@ class Resync:
         position = 0
         serials: dict[int, int] = {}
         while bitmap.unreconciled:
-            chunk = min(
-                (c for c in bitmap.unreconciled if (c + 1) * bitmap.chunk_sectors > position), default=None
-            )
-            if chunk is None:
+            ahead = [c for c in bitmap.unreconciled if (c + 1) * bitmap.chunk_sectors > position]
+            if not ahead:
                 position = 0  # merged behind us meanwhile
                 serials.clear()
                 continue
+            chunk = min(ahead)
             lo = max(position, chunk * bitmap.chunk_sectors)
             hi = min(lo + self._pace.window_sectors(yielding), state.array_sectors)
             await self.coordinator.announce(lo, hi)

@@ -2,7 +2,8 @@
 
 The table is md-cluster spec 4.5, the bytes are Linux's. Ours: a sequence number in bytes 48-55, so that an
 answer can be told from an old one and a message is processed once. A receiver answers in its own `bitmapNNNN`
-value block: bytes 0-15 stay its resync window (lo, hi), bytes 16-31 carry (sequence, result), result 0 or a positive errno.
+value block: bytes 0-15 stay its resync window (lo, hi), bytes 16-31 carry (sequence, result),
+result 0 or a positive errno.
 
     type               low     high    uuid         raid_slot
     METADATA_UPDATED                                number of a device with a good superblock

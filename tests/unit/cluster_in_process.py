@@ -1,0 +1,175 @@
+"""A whole cluster in this process: real arrays and lock replicas over an order in memory. No daemons.
+
+Each node has its own submitter and descriptors on the same image files, a replica of the lock manager, and a
+session of it. `kill` makes a node vanish as a dead machine would: nothing more of it is submitted, its member of the
+group is lost, and `fence` says when that is certain.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from array_kit import Client
+from memory_group import MemoryGroup, Port, newcomer_reads_from_here
+
+from clustermd.array.array import Array
+from clustermd.array.assemble import load_members
+from clustermd.clock import SystemClock
+from clustermd.cluster.cluster import Cluster
+from clustermd.device.direct import open_member
+from clustermd.device.submitter import make_submitter
+from clustermd.dlm.lockspace import Lockspace, LockspaceEvents
+from clustermd.dlm.replica import Replica
+from clustermd.dlm.session import Session
+from clustermd.trace import Trace
+
+
+class NodeLink:
+    """A Link over a session of the node's replica."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._number = node.replica.open_session("array md0", 1)
+        self.session = Session(self._send)
+        node.sessions[self._number] = self.session
+
+    def _send(self, frame: list[Any]) -> None:
+        self._node.replica.session_frame(self._number, frame)
+        self._node.cluster.pump_soon()
+
+    async def join(self, name: str, events: LockspaceEvents, max_slots: int) -> Lockspace:
+        return await self.session.join(name, events, max_slots=max_slots)
+
+    async def close(self) -> None:
+        if self._node.alive:
+            self._node.replica.session_end(self._number, "closed", True)
+            self._node.cluster.pump_soon()
+
+
+class Node:
+    """One node. `events` are the trace points it passed, as (name, fields)."""
+
+    def __init__(self, cluster: InProcessCluster, number: int, incarnation: int) -> None:
+        self.cluster = cluster
+        self.number = number
+        self.alive = True
+        self.port: Port = cluster.group.port(number, incarnation)
+        self.trace = Trace()
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.trace.listen(lambda name, fields: self.events.append((name, fields)))
+        self.replica = Replica(self, self.trace)
+        self.replica.attach(self.port)
+        self.port.events = self.replica
+        self.sessions: dict[int, Session] = {}
+        self.array: Array
+        self.client: Client
+
+    def to_session(self, session: int, frame: list[Any]) -> None:
+        if self.alive and session in self.sessions:
+            self.sessions[session].on_frame(frame)
+
+    def suspended(self, reason: str) -> None:
+        for session in self.sessions.values():
+            session.on_suspended(reason)
+
+    def resumed(self) -> None:
+        for session in self.sessions.values():
+            session.on_resumed()
+
+    def must_restart(self, reason: str) -> None:
+        for session in self.sessions.values():
+            session.on_lost(reason)
+
+    async def connect(self) -> NodeLink:
+        return NodeLink(self)
+
+    async def assemble(self, paths: list[Path], **options: Any) -> None:
+        submitter = make_submitter(pool_bytes=64 << 20)
+        assembly = await load_members(
+            [str(path) for path in paths],
+            lambda path: open_member(path, clustered=True, exclusive=False),
+            submitter,
+        )
+        coordinator = Cluster("lockspace", self.connect, self.trace)
+        self.array = Array("md0", assembly, coordinator, submitter, SystemClock(), self.trace, **options)
+        self.client = Client(self.array)
+        await self.array.start()
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self.events]
+
+
+class InProcessCluster:
+    """The group and its nodes."""
+
+    def __init__(self) -> None:
+        self.group = MemoryGroup()
+        self.nodes: dict[int, Node] = {}
+        self._incarnation = 100
+        self._pumping = False
+
+    def pump_soon(self) -> None:
+        if not self._pumping:
+            self._pumping = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._pumping = False
+        self.group.settle()
+
+    def add(self, number: int) -> Node:
+        self._incarnation += 1
+        node = Node(self, number, self._incarnation)
+        newcomer_reads_from_here(self.group, node.port)
+        self.nodes[number] = node
+        self.group.view()
+        self.pump_soon()
+        return node
+
+    async def kill(self, number: int, *, fence: bool = True) -> Node:
+        """The node submits nothing more, and the group loses it; what it has in flight lands first."""
+        node = self.nodes.pop(number)
+        node.alive = False
+        node.array.state.gate.shut("killed by the test")
+        await node.array.state.submitter.drained()
+        for task in asyncio.all_tasks():
+            if task is not asyncio.current_task() and task in node_tasks(node):
+                task.cancel()
+        self.group.lose(node.port.me)
+        if fence:
+            self.group.fence(node.port.me)
+        self.pump_soon()
+        return node
+
+    def fence(self, node: Node) -> None:
+        self.group.fence(node.port.me)
+        self.pump_soon()
+
+
+def node_tasks(node: Node) -> set[asyncio.Task[Any]]:
+    """The tasks of a node's array, as far as it knows them."""
+    array = node.array
+    tasks: set[Any] = set(array._tasks) | array.state.tasks
+    tasks |= {array.resync._task, array.repair._task, array.faults._task}
+    life = array.coordinator._life  # type: ignore[attr-defined]
+    if life is not None:
+        tasks |= set(life._tasks.values()) | {life.channel._task}
+    return {task for task in tasks if task is not None}
+
+
+@asynccontextmanager
+async def cluster_of(count: int, paths: list[Path], **options: Any) -> AsyncIterator[InProcessCluster]:
+    """`count` nodes, numbered from 1, with the array assembled on each; stopped in the end."""
+    cluster = InProcessCluster()
+    try:
+        for number in range(1, count + 1):
+            await asyncio.wait_for(cluster.add(number).assemble(paths, **options), 20)
+        yield cluster
+    finally:
+        for node in list(cluster.nodes.values()):
+            if hasattr(node, "array"):
+                await asyncio.wait_for(node.array.stop(), 20)
