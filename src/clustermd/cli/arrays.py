@@ -48,9 +48,17 @@ def detail(command: Command) -> int:
             _say_idle_spares(status)
         if command.test:
             worst = max(worst, page.test_status(status))
+    if worst:
+        _drop_dead(rundir)
     if command.json:
         show_json(arrays=facts)
     return worst
+
+
+def _drop_dead(rundir: RunDir) -> None:
+    """Take arrays whose process died out of mdstat: nobody else may be there to do it."""
+    if rundir.node_dir.exists():
+        rewrite_mdstat(rundir)
 
 
 def _say_idle_spares(status: ArrayStatus) -> None:
@@ -76,8 +84,7 @@ def stop(command: Command) -> int:
             continue
         if not command.quiet:
             say(f"stopped {shown}")
-    if rundir.node_dir.exists():
-        rewrite_mdstat(rundir)
+    _drop_dead(rundir)
     if command.json:
         show_json(stopped=stopped)
     return worst

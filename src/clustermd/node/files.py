@@ -80,6 +80,12 @@ class ArrayFiles:
             path.unlink(missing_ok=True)
 
 
+def make_private(rundir: RunDir, files: ArrayFiles) -> None:
+    """Make the directories of a cluster, a node and an array, each for this user only."""
+    for directory in (rundir.root, rundir.node_dir, files.directory):
+        rundir.make(directory)
+
+
 def nbd_uri(path: Path, name: str) -> str:
     """How NBD clients reach an array (the NBD URI specification)."""
     return f"nbd+unix:///{name}?socket={path}"

@@ -24,6 +24,7 @@ from clustermd.node.files import (
     ArrayFiles,
     PidFile,
     SpeedLimits,
+    make_private,
     nbd_uri,
     publish,
     rewrite_mdstat,
@@ -102,8 +103,7 @@ class ArrayProcess:
         pid_file = PidFile(self.files.pid)
         try:
             self.files.check_socket_paths()
-            self.rundir.make()
-            self.rundir.make(self.files.directory)
+            make_private(self.rundir, self.files)
             pid_file.acquire()
         except Refused as refusal:
             return self._refuse(refusal)
@@ -286,6 +286,8 @@ class ArrayProcess:
 
     async def _watch_end(self, running: RunningArray) -> None:
         reason = await running.ended()
+        if self._stopping is not None:
+            return
         log.error("%s cannot go on: %s", self.config.name, reason)
         self._failed = True
         self._stop_by_signal(signal.SIGTERM)

@@ -14,7 +14,7 @@ from typing import Any
 
 from clustermd.errors import Refused
 from clustermd.node.config import ArrayConfig, refusal_from_wire
-from clustermd.node.files import ArrayFiles
+from clustermd.node.files import ArrayFiles, make_private
 from clustermd.rundir import RunDir
 
 _LOG_TAIL_BYTES = 2000
@@ -31,8 +31,7 @@ def start_array_process(
     files = ArrayFiles.of(rundir, config.name)
     files.check_socket_paths()
     try:
-        rundir.make()
-        rundir.make(files.directory)
+        make_private(rundir, files)
         log_fd = os.open(files.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise Refused(
