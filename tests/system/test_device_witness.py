@@ -12,11 +12,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from device_nbd_disk import loop_over, nbd_file
 
 from clustermd.device.direct import identity
 from clustermd.device.witness import WITNESS_BASE, probe
@@ -69,50 +70,15 @@ class Slow:
 @pytest.fixture
 def slow_file(tmp_path: Path) -> Iterator[Slow]:
     """A regular file, by FUSE, whose writes take DELAY_S."""
-    backing = tmp_path / "backing.img"
-    with open(backing, "wb") as file:
-        file.truncate(16 << 20)
-    mounted = tmp_path / "slow.img"
-    mounted.touch()
-    socket = tmp_path / "s"
-    nbdkit = subprocess.Popen(
-        ["nbdkit", "-f", "-U", socket, "--filter=delay", "file", backing, f"wdelay={DELAY_S:.0f}"]
-    )
-    nbdfuse = None
-    try:
-        _until(socket.exists, "nbdkit serves")
-        nbdfuse = subprocess.Popen(["nbdfuse", mounted, f"nbd+unix:///?socket={socket}"])
-        _until(lambda: mounted.stat().st_size == 16 << 20, "nbdfuse serves")
-        yield Slow(str(mounted), backing)
-    finally:
-        if nbdfuse is not None:
-            subprocess.run(["fusermount3", "-u", mounted], check=True)
-            nbdfuse.wait(20)
-        nbdkit.terminate()
-        nbdkit.wait(20)
+    with nbd_file(tmp_path, "--filter=delay", f"wdelay={DELAY_S:.0f}") as (file, backing):
+        yield Slow(file, backing)
 
 
 @pytest.fixture
 def slow_disk(slow_file: Slow) -> Iterator[Slow]:
     """A loop device over that file: a block device whose direct writes take DELAY_S."""
-    loop = subprocess.run(
-        ["losetup", "--find", "--show", "--direct-io=on", slow_file.path],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
-    try:
+    with loop_over(slow_file.path) as loop:
         yield Slow(loop, slow_file.backing)
-    finally:
-        subprocess.run(["losetup", "--detach", loop], check=True)
-
-
-def _until(condition: Callable[[], bool], what: str, limit_s: float = 20.0) -> None:
-    """Poll what gives no event: files that other programs make, and kernel locks."""
-    end = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < end, f"not within {limit_s} s: {what}"
-        time.sleep(0.01)
 
 
 def _kill_while_writing(slow: Slow, how: str) -> float:

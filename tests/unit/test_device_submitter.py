@@ -99,7 +99,8 @@ async def bench(make: Make, path: str) -> AsyncIterator[Bench]:
     try:
         yield Bench(submitter, gate, device)
     finally:
-        await submitter.close()
+        # a lost completion would let close wait for ever, where the test should fail
+        await asyncio.wait_for(submitter.close(), LIMIT_S / 2)
         device.close()
 
 
