@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/device.py [--seconds 2] [--directory /dev/shm]
 
 Prints, for io_uring and for threads, mirrored writes/s (one write is two requests, one on each file) and
-reads/s at depth 16 and 32, and how many seconds of processor time one second of it took.
+reads/s at depth 1, 16 and 32, and how many seconds of processor time one second of it took.
 Nothing is above the device floor here: this bounds what any array can reach.
 """
 
@@ -121,7 +121,7 @@ def main() -> None:
         for choice in ("auto", "threads"):
             os.environ[VARIABLE] = choice
             for write in (True, False):
-                for depth in (16, 32):
+                for depth in (1, 16, 32):
                     kind, rate, used = asyncio.run(measure(devices, write, depth, arguments.seconds))
                     what = "mirrored write" if write else "read"
                     print(f"{kind:16} {what:16} {depth:5} {rate:11,.0f} {used:10.2f}")

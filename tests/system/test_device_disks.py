@@ -136,6 +136,10 @@ def test_a_file_below_a_loop_device_is_in_use(image: Path, tmp_path: Path) -> No
     os.link(image, hard)
     try:
         assert in_use_by_kernel(str(image)) == f"the backing file of {loop}"
+        with pytest.raises(DeviceRefused, match=loop) as refused:
+            open_member(str(image), clustered=True)
+        assert refused.value.code == "device-busy"
+        open_member(str(image), read_only=True).close()
         assert in_use_by_kernel(str(hard)) == f"the backing file of {loop}"
         assert in_use_by_kernel(loop) is None
         # the name it was attached by is gone: only the inode tells
@@ -146,6 +150,15 @@ def test_a_file_below_a_loop_device_is_in_use(image: Path, tmp_path: Path) -> No
     assert in_use_by_kernel(str(hard)) is None
 
 
+def test_a_read_only_loop_device_over_a_file_only_looks_on(image: Path) -> None:
+    loop = attach(image, "--read-only")
+    try:
+        assert in_use_by_kernel(str(image)) is None
+        open_member(str(image), clustered=True).close()
+    finally:
+        subprocess.run(["losetup", "--detach", loop], check=True)
+
+
 @pytest.mark.needs("mkfs.ext4")
 def test_a_mounted_disk_is_in_use_and_says_where(disk: str, tmp_path: Path) -> None:
     where = tmp_path / "a place"
@@ -154,9 +167,10 @@ def test_a_mounted_disk_is_in_use_and_says_where(disk: str, tmp_path: Path) -> N
     subprocess.run(["mount", disk, where], check=True)
     try:
         assert in_use_by_kernel(disk) == f"mounted on {where}"
-        with pytest.raises(DeviceRefused) as refused:
-            open_member(disk)
-        assert refused.value.code == "device-busy"
+        for clustered in (False, True):
+            with pytest.raises(DeviceRefused, match="mounted on") as refused:
+                open_member(disk, clustered=clustered)
+            assert refused.value.code == "device-busy"
     finally:
         subprocess.run(["umount", where], check=True)
     assert in_use_by_kernel(disk) is None

@@ -22,6 +22,7 @@ import stat
 import struct
 from pathlib import Path
 
+from clustermd.device.in_use import in_use_by_kernel
 from clustermd.device.witness import CLAIM_OFFSET, lock_byte
 from clustermd.errors import DeviceRefused
 
@@ -93,8 +94,8 @@ def open_member(
 ) -> DirectDevice:
     """Open `path` as a member device. Raises DeviceRefused, having changed nothing.
 
-    `clustered`: a member of a clustered array. `exclusive`: claim it if writable (see above);
-    a reader claims nothing and is kept out by nothing.
+    `clustered`: a member of a clustered array. `exclusive`: if writable, refuse it when the kernel uses it
+    and claim it (see above); a reader claims nothing and is kept out by nothing.
     """
     try:
         mode = os.stat(path).st_mode
@@ -107,6 +108,8 @@ def open_member(
             f"{path} is neither a block device nor a regular file, so it cannot be a member",
             path=path,
         )
+    if exclusive and not read_only:
+        _refuse_if_in_use(path)
     flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
     if block and exclusive and not clustered and not read_only:
         flags |= os.O_EXCL
@@ -135,6 +138,17 @@ def open_member(
         device.close()
         raise
     return device
+
+
+def _refuse_if_in_use(path: str) -> None:
+    user = in_use_by_kernel(path)
+    if user is not None:
+        raise DeviceRefused(
+            "device-busy",
+            f"{path} is in use: {user}. Free it first, or use another device",
+            path=path,
+            user=user,
+        )
 
 
 def _open(path: str, flags: int, block: bool, clustered: bool, read_only: bool) -> DirectDevice:

@@ -2,7 +2,8 @@
 
 O_EXCL says only that a block device is busy, and nothing about files. A person wants to know by what,
 and a file with a loop device over it must not become a member: the loop device's cache would hide our
-writes (rule 20). Facts come from sysfs and /proc (sysfs(5), proc(5)).
+writes, and ours its (rule 20). A read-only loop device only looks on, as `losetup -r` for mdadm -X does, and is
+no user. Facts come from sysfs and /proc (sysfs(5), proc(5)).
 """
 
 from __future__ import annotations
@@ -94,10 +95,12 @@ def _swap_on(info: os.stat_result) -> str | None:
 
 
 def _loop_over(info: os.stat_result) -> str | None:
-    """The loop device whose backing file or device this is, by inode where we may ask it, else by path."""
+    """The writable loop device over this file or device, by inode where we may ask it, else by path."""
     for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
         name = backing.parent.parent.name
         try:
+            if (backing.parent.parent / "ro").read_text().strip() == "1":
+                continue
             file = backing.read_text().rstrip("\n")
             if _same(file, info) or _loop_inode(name) == (_kernel_dev(info.st_dev), info.st_ino):
                 return f"the backing file of /dev/{name}"
