@@ -186,6 +186,28 @@ def test_errors_of_the_array_and_refusals_reach_the_client_and_the_stream_goes_o
     run(test())
 
 
+def test_a_refused_write_is_answered_only_after_its_payload(path: str) -> None:
+    """libnbd takes an answer to what it is still sending for a broken server."""
+
+    async def test() -> None:
+        async with serving(CountingVolume(MIB), path):
+            client = await Client.connect(path)
+            client.send(Command.WRITE, MIB, 100 * 1024, 0, 1, payload=b"x" * (100 * 1024 - 1))
+            other = await Client.connect(path)
+            await other.ask(Command.FLUSH)
+            await other.ask(Command.FLUSH)
+            reply = asyncio.create_task(client.answer())
+            await other.ask(Command.FLUSH)
+            assert not reply.done()
+            client.writer.write(b"x")
+            assert (await reply).error == NbdError.ENOSPC
+            assert (await client.ask(Command.READ, 0, 512)).error == 0
+            await client.close()
+            await other.close()
+
+    run(test())
+
+
 @pytest.mark.parametrize("structured", [False, True])
 def test_requests_of_no_bytes_succeed_without_the_array(path: str, structured: bool) -> None:
     async def test() -> None:

@@ -93,6 +93,7 @@ class Connection:
         self._end = 0
         self._window_bytes = RECEIVE_BYTES  # how much to ask of the next receive
         self._skip_bytes = 0  # of a refused payload, still to come
+        self._skip_cookie = self._skip_error = 0  # what to answer after it
         self._large: tuple[Request, Buffer] | None = None  # whose payload is being received
         self._large_filled_bytes = 0
         self._full = False  # not reading: the next request does not fit within the bounds
@@ -215,6 +216,8 @@ class Connection:
                 skipped = min(self._skip_bytes, self._end - self._start)
                 self._skip_bytes -= skipped
                 self._start += skipped
+                if not self._skip_bytes:
+                    replies.refuse(False, self._skip_cookie, self._skip_error, "")
                 continue
             self._window_bytes = RECEIVE_BYTES
             parsed, start, full = self._parser.parse(
@@ -293,12 +296,17 @@ class Connection:
             self._volume.submit(batch)
 
     def _answer_at_once(self, command: int, cookie: int, length: int, payload: int, error: int) -> None:
-        """What the array never sees: refused, or of no bytes. A refused payload is skipped."""
+        """What the array never sees: refused, or of no bytes.
+
+        A refused payload is skipped first: clients are not prepared for an answer while they still send.
+        """
         if not error:
             self._replies.nothing(command == _READ, cookie)
             return
         if command == _WRITE and payload + length > self._end:
             self._skip_bytes = payload + length - self._end
+            self._skip_cookie, self._skip_error = cookie, error
+            return
         text = "no memory" if error == NbdError.ENOMEM else "the flags, offset or length are not allowed here"
         self._replies.refuse(command == _READ, cookie, error, text)
 
