@@ -82,6 +82,7 @@ def format(ranges: Iterable[tuple[int, int]], *, size_sectors: int = 8, shift: i
     widened = [
         (sector // unit * unit, -(-(sector + count) // unit) * unit - sector // unit * unit)
         for sector, count in ranges
+        if count > 0
     ]
     for sector, count in merge(widened):
         at, left = sector >> shift, count >> shift

@@ -20,8 +20,8 @@ from clustermd.ondisk.bitmap_superblock import HEADER_BYTES, MAX_NODES, MIN_CHUN
 
 PAGE_BYTES = 4096
 PAGE_SECTORS = PAGE_BYTES // 512
-MAX_BITS = 1 << 26
-"""8 MiB of bits in a slot; mdadm makes at most a million bits, and growing doubles the chunk instead."""
+MAX_BITS = 1 << 24
+"""2 MiB of bits in a slot; `mdadm --create` makes at most a million bits, and growing doubles the chunk."""
 _BITS_OF_BYTE = tuple(tuple(bit for bit in range(8) if byte >> bit & 1) for byte in range(256))
 _DIRTY_BYTES = re.compile(rb"[^\0]+")
 
