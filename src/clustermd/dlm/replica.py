@@ -86,7 +86,7 @@ class Replica:
         self._machine = Machine()
         self._has_state = False
         self._phase = Phase.AWAY
-        self._suspended = ""
+        self._suspended = "this node has not joined its group yet"
         self._over = ""
         self._view: View | None = None
         self._starts: dict[NodeKey, Start | None] = {}
@@ -366,7 +366,10 @@ class Replica:
     def _catch_up(self, whole: bytes) -> None:
         """Apply the entries that we missed, if our history is a part of theirs. Raises BadBytes."""
         machine = self._machine
-        first, chain, entries = unpack(whole)
+        try:
+            first, chain, entries = unpack(whole)
+        except (ValueError, TypeError):
+            raise BadBytes("bad-frame", "the missing entries of the lock history cannot be read") from None
         known = machine.applied - first
         if known < 0 or machine.chain != chain_after(chain, entries[:known]):
             raise BadBytes(

@@ -1,4 +1,4 @@
-"""The state of the lock manager as plain JSON values, for `clustermd locks` and for errors that name who waits for whom.
+"""The state of the lock manager as plain JSON values: for `clustermd locks`, and to say who waits for whom.
 
     {"epoch", "applied", "nodes": [{"node", "incarnation", "name", "lost"}],
      "lockspaces": {name: {"generation", "value_block_bytes", "slots": [...], "joining": [...], "resources": {...}}}}

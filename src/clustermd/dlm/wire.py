@@ -17,7 +17,9 @@ and hears, in the order in which the lock manager generated it:
     ["cast", op, lock, status, sb_flags, lvb, mode]
     ["bast", lock, mode]
     ["waits", op, space, [[slot, node, name, state], ...]]
-    ["prep", space]    ["slot", space, slot, node, name]    ["done", space, [[slot, node, name], ...], our_slot, generation]
+    ["prep", space]
+    ["slot", space, slot, node, name]
+    ["done", space, [[slot, node, name], ...], our_slot, generation]
 
 What comes in is checked here: a frame with a wrong word, type or length raises BadBytes and changes nothing.
 Names of resources are 1 to 64 bytes (dlm.md 1.2), of lockspaces 1 to 64 characters.
