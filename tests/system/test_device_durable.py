@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from device_nbd_disk import loop_over, nbd_file
 
-from clustermd.device.direct import open_member
-from clustermd.device.member_device import Op
+from clustermd.device.direct import DirectDevice, open_member
+from clustermd.device.member_device import Op, Submitter
 from clustermd.device.submitter import make_submitter
 
 pytestmark = [pytest.mark.system, pytest.mark.needs("root", "loop", "fuse", "nbdkit", "nbdfuse")]
@@ -41,9 +41,7 @@ def test_fua_and_flush_reach_the_medium_before_they_complete(
 ) -> None:
     monkeypatch.setenv("CLUSTERMD_IO", how)
 
-    async def story() -> None:
-        device = open_member(disk.path, clustered=True)
-        submitter = make_submitter(pool_bytes=16 << 20)
+    async def story(device: DirectDevice, submitter: Submitter) -> None:
         buffer = submitter.pool.take(4096)
         before = disk.flushes()
         assert await submitter.run(device, Op.WRITE, 0, 4096, buffer) == 4096
@@ -54,7 +52,15 @@ def test_fua_and_flush_reach_the_medium_before_they_complete(
         assert await submitter.run(device, Op.WRITE, 8192, 4096, buffer) == 4096
         assert await submitter.run(device, Op.FLUSH, 0, 0) == 0
         assert disk.flushes() > after_fua
-        await submitter.close()
-        device.close()
 
-    asyncio.run(asyncio.wait_for(story(), 20))
+    async def told() -> None:
+        device = open_member(disk.path, clustered=True)
+        submitter = make_submitter(pool_bytes=16 << 20)
+        try:
+            await story(device, submitter)
+        finally:
+            # an open device would keep the disk from being taken down
+            await submitter.close()
+            device.close()
+
+    asyncio.run(asyncio.wait_for(told(), 20))
