@@ -13,7 +13,7 @@ from typing import Any
 from clustermd.array.status import ArrayStatus, MemberStatus
 from clustermd.cli.units import human_size, local_time, uuid_text
 from clustermd.node.config import device_name
-from clustermd.node.mdstat import level_name
+from clustermd.node.mdstat import done_per_mille, level_name
 
 SCHEMA = 1
 _BUSY = {"resync": "resyncing", "recovery": "recovering", "check": "checking", "repair": "resyncing"}
@@ -28,8 +28,7 @@ def detail_text(status: ArrayStatus, shown: str, homehost: str) -> str:
     lines += ["", f"Consistency Policy : {'bitmap' if status.bitmap else 'resync'}", ""]
     sync = status.sync
     if sync is not None and sync.state == "running":
-        percent = sync.done_sectors * 100 // sync.total_sectors if sync.total_sectors else 100
-        lines += [f"{_PROGRESS[sync.action] + ' Status':>18} : {percent}% complete", ""]
+        lines += [_line(f"{_PROGRESS[sync.action]} Status", f"{done_per_mille(sync) // 10}% complete"), ""]
     lines.append(_line("Name", status.set_name + local_to(status.set_name, homehost)))
     if status.bitmap is not None and status.bitmap.nodes:
         lines.append(_line("Cluster Name", f"{status.bitmap.cluster_name:<64}"))

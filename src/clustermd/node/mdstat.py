@@ -2,7 +2,7 @@
 
 Linux prints per array a line with its members, a line with its size and `[raid disks/working] [UU_]`, then
 a line for a running sync (a bar) or a waiting one (a tab and `resync=PENDING`), then the bitmap, each behind
-six blanks; an array without bitmap ends in a line of six blanks (seen in files recorded from Linux 6.1;
+six blanks; an array without bitmap ends in the six blanks (seen in files recorded from Linux 6.1;
 md-cluster spec 5.12). The order of arrays and of members is the caller's.
 
 Not ours is `(auto-read-only)`: there is no such state here (design, rule 13).
@@ -23,11 +23,11 @@ PERSONALITIES = ("raid1",)
 def mdstat(arrays: Sequence[ArrayStatus]) -> str:
     """The whole file for `arrays`, which come in the order they are shown in."""
     head = "Personalities : " + "".join(f"[{name}] " for name in PERSONALITIES) + "\n"
-    return head + "".join(array_text(array) + "\n" for array in arrays) + "unused devices: <none>\n"
+    return head + "".join(array_text(array) for array in arrays) + "unused devices: <none>\n"
 
 
 def array_text(array: ArrayStatus) -> str:
-    """The lines of one array, without the empty line that follows it."""
+    """The lines of one array. An empty one follows a bitmap; without bitmap there is a line of blanks."""
     shown = member_names(array.members)
     names = "".join(
         f" {name}[{member.number}]{flags(member)}" for name, member in zip(shown, array.members, strict=True)
@@ -41,7 +41,7 @@ def array_text(array: ArrayStatus) -> str:
     ]
     if array.sync is not None:
         lines.append("      " + sync_text(array.sync))
-    lines.append("      " + (bitmap_text(array.bitmap) if array.bitmap else ""))
+    lines.append("      " + (bitmap_text(array.bitmap) + "\n" if array.bitmap else ""))
     return "\n".join(lines) + "\n"
 
 
@@ -74,18 +74,24 @@ def role_letters(array: ArrayStatus) -> str:
 
 
 def sync_text(sync: SyncStatus) -> str:
-    """The bar of a running sync, or why it waits. md calls a remote recovery `recover`."""
+    """The bar of a running sync, or why it waits. md calls a repair `resync`, a remote recovery `recover`."""
+    action = "resync" if sync.action == "repair" else sync.action
     if sync.state != "running":
-        action = "recover" if sync.action == "recovery" and sync.state == "remote" else sync.action
-        return f"\t{action}={sync.state.upper()}"
+        word = "recover" if action == "recovery" and sync.state == "remote" else action
+        return f"\t{word}={sync.state.upper()}"
     total, done = sync.total_sectors // 2, min(sync.done_sectors, sync.total_sectors) // 2
-    per_mille = done * 1000 // total if total else 1000
+    per_mille = done_per_mille(sync)
     filled = per_mille // 50
     bar = "=" * filled + ">" + "." * (20 - filled)
     return (
-        f"[{bar}]  {sync.action} ={per_mille // 10:3d}.{per_mille % 10}% ({done}/{total})"
+        f"[{bar}]  {action} ={per_mille // 10:3d}.{per_mille % 10}% ({done}/{total})"
         f" finish={_finish_minutes(total - done, sync.speed_kib_s)}min speed={sync.speed_kib_s}K/sec"
     )
+
+
+def done_per_mille(sync: SyncStatus) -> int:
+    """How much is done, as Linux shows it: by whole 512 KiB, one more in the total, so never quite 1000."""
+    return (sync.done_sectors >> 10) * 1000 // ((sync.total_sectors >> 10) + 1)
 
 
 def _finish_minutes(left_kib: int, speed_kib_s: int) -> str:
