@@ -30,6 +30,7 @@ def run_daemon(lock: Path, serve: Callable[[asyncio.Event, Callable[[], None]], 
     logging.basicConfig(format=f"%(asctime)s [{os.getpid()}] %(message)s", level=logging.INFO)
     if take_lock(lock) is None:
         sys.exit(HELD)
+    os.chdir("/")  # keep no directory of our starter's busy
 
     async def work() -> None:
         loop = asyncio.get_running_loop()
@@ -52,8 +53,11 @@ def run_daemon(lock: Path, serve: Callable[[asyncio.Event, Callable[[], None]], 
 
 def _crash(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     error = context.get("exception")
-    if isinstance(error, OSError) and "transport" in context:
-        return  # a peer's socket broke; its link hears of it as lost
-    log.error("ended by an error: %s", context.get("message"), exc_info=error)
+    message = context.get("message", "")
+    if "socket" in context or "never retrieved" in message:
+        # no descriptor for a new connection (tried again by asyncio), or an answer nobody waits for
+        log.error("%s", message, exc_info=error)
+        return
+    log.error("ended by an error: %s", message, exc_info=error)
     logging.shutdown()
     os._exit(CRASHED)

@@ -127,6 +127,11 @@ class FrameLink(asyncio.Protocol):
                 self._on_frame(self, frame)
         except Refused as error:
             self.fail(error.message)
+        except Exception as error:
+            # our own failure, not the peer's; a transport would swallow an OSError of ours as its socket's
+            context = {"message": "a frame could not be handled", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(context)
+            self.fail(f"the frame could not be handled here: {error!r}")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end(str(exc) if exc else "the other end closed the connection")

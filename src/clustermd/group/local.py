@@ -7,7 +7,7 @@ When the sequencer dies the member reads from the log what it had not been told 
 is not quorate ("frozen"), finds or starts a new sequencer by itself and rejoins as the same incarnation.
 The next quorate view resumes. What was multicast and not delivered is sent again then, and the
 sequencer recognises what it had ordered already: in the order exactly once, or never if the member
-dies. `multicast` queues meanwhile and says `Busy` when `QUEUE_LIMIT` messages wait.
+dies. `multicast` queues meanwhile and says `Busy` when `QUEUE_LIMIT` messages or `QUEUE_BYTES` wait.
 
 A sequencer that is stopped or stuck would hang everybody: it is pinged, and killed through a pidfd
 when it gives no answer for `unresponsive_s`; its successor goes on.
@@ -39,6 +39,7 @@ from clustermd.trace import Trace
 
 MAX_PAYLOAD_BYTES = 1 << 20
 QUEUE_LIMIT = 4096
+QUEUE_BYTES = 32 << 20
 _RETRY_S = 1.0
 
 log = logging.getLogger("clustermd.group")
@@ -74,6 +75,7 @@ class LocalGroup:
         self._members: dict[int, Member] = {}
         self._seq = 0
         self._unordered: deque[tuple[int, bytes]] = deque()
+        self._unordered_bytes = 0
         self._request = 0
         self._asked: dict[int, tuple[Frame, asyncio.Future[None]]] = {}
         self._status: dict[int, asyncio.Future[dict[str, Any]]] = {}
@@ -92,9 +94,10 @@ class LocalGroup:
                 "payload-too-large",
                 f"a message has {len(payload)} bytes, the group carries {self.max_payload} at most",
             )
-        if len(self._unordered) >= QUEUE_LIMIT:
-            raise Busy(f"{QUEUE_LIMIT} messages wait to be ordered")
+        if len(self._unordered) >= QUEUE_LIMIT or self._unordered_bytes >= QUEUE_BYTES:
+            raise Busy(f"{len(self._unordered)} messages wait to be ordered")
         self._seq += 1
+        self._unordered_bytes += len(payload)
         self._unordered.append((self._seq, payload))
         if not self.frozen and self._link is not None:
             self._link.send("send", self._seq, payload)
@@ -280,6 +283,7 @@ class LocalGroup:
                 if incarnation == self.me.incarnation:
                     assert self._unordered[0][0] == seq
                     self._unordered.popleft()
+                    self._unordered_bytes -= len(payload)
                 events.on_message(index, self._members[incarnation], payload)
                 # stable: the log has it, and everybody reads the log before a new life begins
                 events.on_stable(index)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from clustermd.clock import Clock, SystemClock
-from clustermd.errors import DeviceRefused, Refused
+from clustermd.errors import BadBytes, DeviceRefused, Refused
 from clustermd.group.claims import Claims
 from clustermd.group.daemon import run_daemon
 from clustermd.group.frames import Frame, FrameLink, bad_frame, encode, serve_links
@@ -37,6 +37,7 @@ from clustermd.group.proof import beside_loop, prove_end, still_held
 from clustermd.group.sequencer_protocol import PROTOCOL
 from clustermd.rundir import RunDir
 
+MAX_UNSENT_BYTES = 64 << 20
 log = logging.getLogger("clustermd.sequencer")
 
 
@@ -50,6 +51,7 @@ class Client:
     member: Member | None = None
     receiving: bool = False
     confirmed_place: int = 0
+    registering: dict[str, float] = field(default_factory=dict)
     out: bytearray = field(default_factory=bytearray)
 
 
@@ -152,6 +154,10 @@ class Sequencer:
             raise bad_frame(
                 f"a lockd speaks version {protocol}, the sequencer {PROTOCOL}: end the older processes"
             )
+        if not client.pid_started:
+            raise bad_frame(
+                f"process {client.link.peer_pid} of {name} cannot be seen from here, so not be proved dead"
+            )
         number = self._nodes.number(name)
         if place is not None and (incarnation not in self._awaited or place != self._order.place):
             reason = (
@@ -210,6 +216,7 @@ class Sequencer:
         client.receiving = False
         if incarnation in self._order.members:
             self._emit(self._order.view(left=[(client.member, Left.LEFT)]))
+            self._flush()  # before the list forgets it: every member in the log is on the list
         if client in self._joiners:
             self._joiners.remove(client)
         self._incarnations.save()
@@ -246,6 +253,7 @@ class Sequencer:
     async def _register(self, client: Client, request: int, witness: Witness) -> None:
         assert client.member is not None
         incarnation = client.member.incarnation
+        client.registering[witness.key] = self._clock.monotonic_s()
         try:
             opened = await beside_loop(lambda: self._claims.look(witness))
             owner = (incarnation, witness.key)
@@ -270,6 +278,8 @@ class Sequencer:
             client.link.send("refused", request, error.code, error.message, error.data)
         else:
             client.link.send("ok", request)
+        finally:
+            del client.registering[witness.key]
 
     def _withdraw(self, client: Client, request: int, key: str) -> None:
         assert client.member is not None
@@ -348,6 +358,13 @@ class Sequencer:
     # --- a new life
 
     def _recover(self) -> None:
+        unknown = {**self._order.members, **self._order.lost}.keys() - self._incarnations.living.keys()
+        if unknown:
+            raise BadBytes(
+                "bad-incarnations",
+                f"{self._root}/order.log has members that incarnations.json does not know, so nobody knows whose "
+                "writes may still be on their way: end all processes of this cluster, then remove both",
+            )
         for incarnation, record in list(self._incarnations.living.items()):
             if incarnation in self._order.lost or not alive(record.pid, record.pid_started):
                 self._lose(record)
@@ -404,7 +421,9 @@ class Sequencer:
             number += 1
             for client in list(self._clients.values()):
                 if client.watch.tick(elapsed_s):
-                    self._give_up(client)
+                    self._give_up(client, f"no answer for {client.watch.silent_s:.1f} s")
+                elif client.link.unsent_bytes > MAX_UNSENT_BYTES:
+                    self._give_up(client, f"it has not read {client.link.unsent_bytes} bytes")
                 elif client.member is not None:
                     client.link.send("ping", number)
             for incarnation in list(self._awaited):
@@ -416,14 +435,15 @@ class Sequencer:
                     )
                     self._lose(record)
             confirmed = [client.confirmed_place for client in self._clients.values() if client.receiving]
-            self._flush()
-            self._log.rotate(self._order, min(confirmed, default=self._order.place))
+            if not self._recovering:  # former members may still have to read what they missed
+                self._flush()
+                self._log.rotate(self._order, min(confirmed, default=self._order.place))
             idle_s = 0.0 if self._clients or self._incarnations.living else idle_s + elapsed_s
 
-    def _give_up(self, client: Client) -> None:
+    def _give_up(self, client: Client, reason: str) -> None:
         if client.member is not None:
             kill(client.link.peer_pid, client.pid_started)
-        client.link.fail(f"no answer for {client.watch.silent_s:.1f} s")
+        client.link.fail(reason)
 
     def status(self) -> dict[str, Any]:
         """What people want to know: who is silent, and whose end is awaited on what account."""
@@ -439,6 +459,12 @@ class Sequencer:
                 }
                 for client in self._clients.values()
                 if client.member is not None and client.watch.shown
+            ],
+            "registering": [
+                {"node": client.member.name, "witness": key, "for_s": round(now_s - begun_s, 1)}
+                for client in self._clients.values()
+                if client.member is not None
+                for key, begun_s in client.registering.items()
             ],
             "awaited": [
                 {"node": self._incarnations.living[incarnation].member.name, "for_s": round(for_s, 1)}

@@ -82,7 +82,7 @@ async def start_daemon(module: str, rundir: RunDir, log: Path, deadline_s: float
     try:
         pid = os.posix_spawn(  # noqa: ASYNC221 - returns as soon as the child has its memory
             sys.executable,
-            [sys.executable, "-m", module],
+            [sys.executable, "-P", "-m", module],
             environment,
             file_actions=[
                 (os.POSIX_SPAWN_DUP2, writer, _READY_FD),

@@ -177,6 +177,38 @@ class LockdConnection:
             self._answer.set_exception(error)
 
 
+async def lockd_status(rundir: RunDir, timeout_s: float = 5.0) -> dict[str, Any]:
+    """What `LockdConnection.status` gives, without a session: also of a node that waits for its group.
+
+    Starts nothing. Raises Refused ("not-running", "no-answer").
+    """
+    answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+
+    def heard(_: FrameLink, frame: Frame) -> None:
+        match frame:
+            case ["status", dict(state)] if not answer.done():
+                answer.set_result(state)
+
+    def lost(_: FrameLink, reason: str) -> None:
+        if not answer.done():
+            answer.set_exception(Refused("no-answer", f"the lockd of {rundir.node} gave no status: {reason}"))
+
+    try:
+        link = await open_link(rundir.lockd_socket, heard, lost)
+    except (FileNotFoundError, ConnectionRefusedError):
+        raise Refused("not-running", f"no lockd runs for {rundir.node} in {rundir.root}") from None
+    try:
+        link.send("status")
+        return await asyncio.wait_for(answer, timeout_s)
+    except TimeoutError:
+        raise Refused(
+            "no-answer",
+            f"the lockd of {rundir.node} (process {link.peer_pid}) gave no status in {timeout_s:g} s",
+        ) from None
+    finally:
+        link.close()
+
+
 async def connect(
     rundir: RunDir,
     label: str,
