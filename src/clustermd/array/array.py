@@ -67,13 +67,19 @@ class Array:
         changed: Callable[[], None] = lambda: None,
     ) -> None:
         state = ArrayState(
-            name, assembly.members, assembly.reference, submitter, clock, trace, read_only=read_only
+            name,
+            assembly.members,
+            assembly.reference,
+            submitter,
+            clock,
+            trace,
+            read_only=read_only,
+            device_timeout_s=device_timeout_s,
         )
         self.state = state
         self.coordinator = coordinator
         self.allow_degraded = allow_degraded
         self.changed = changed
-        self._device_timeout_s = device_timeout_s
         self.faults = Faults(state, self._publish_faults)
         self.bitmap_writer = BitmapWriter(state, self.faults.fail)
         self.metadata = Metadata(state, coordinator, self.bitmap_writer, self.faults.fail)
@@ -268,10 +274,10 @@ class Array:
         state = self.state
         while True:
             await asyncio.sleep(1.0)
-            state.tick += 1
             if state.held:
                 continue
-            limit = self._device_timeout_s
+            state.tick += 1
+            limit = state.device_timeout_s
             stuck = (
                 self.writer.overdue(limit) | self.reader.overdue(limit) | self.bitmap_writer.overdue(limit)
             )

@@ -110,8 +110,8 @@ async def load_members(paths: Sequence[str], opener: Opener, submitter: Submitte
         for device in devices:
             if id(device) not in used:
                 device.close()
-        await _read_bad_blocks(assembly, submitter)
         assembly.template = await _read_template(assembly, submitter)
+        await _read_bad_blocks(assembly, submitter)
     except BaseException:
         for device in devices:
             device.close()
@@ -199,15 +199,20 @@ def _why_not(superblock: Superblock, newest: Superblock, role: int) -> str:
 
 
 async def _read_bad_blocks(assembly: Assembly, submitter: Submitter) -> None:
+    """The logs of members that have one. mdadm's --add gives a disk of a clustered array a log in the
+    place of slot 1's bitmap: that is none, and our superblocks do not claim it any more."""
+    reference, template = assembly.reference, assembly.template
+    geometry = BitmapGeometry(template.chunksize, reference.size, template.nodes) if template else None
     for member in assembly.members:
         superblock = member.superblock
-        if not superblock.bblog_offset or not superblock.bblog_size:
+        place = bad_blocks.log_place(superblock, geometry)
+        member.has_bad_block_log = place is not None
+        if place is None or not superblock.feature_map & FeatureMap.BAD_BLOCKS:
             continue
-        if not superblock.feature_map & FeatureMap.BAD_BLOCKS:
-            continue
-        at = superblock.super_offset + superblock.bblog_offset
-        data = await read_bytes(submitter, member.device, at * 512, superblock.bblog_size * 512)
-        member.bad_blocks = bad_blocks.parse(data, shift=superblock.bblog_shift)
+        data = await read_bytes(submitter, member.device, place[0] * 512, place[1] * 512)
+        member.bad_blocks = bad_blocks.parse(
+            data, shift=superblock.bblog_shift, device_sectors=member.device.size_sectors
+        )
 
 
 async def _read_template(assembly: Assembly, submitter: Submitter) -> BitmapSuperblock | None:

@@ -27,6 +27,7 @@ class Member:
         "device",
         "fault_recorded",
         "faulty",
+        "has_bad_block_log",
         "in_sync",
         "index",
         "next_sector",
@@ -50,6 +51,7 @@ class Member:
         self.faulty = False
         self.fault_recorded = False
         self.recovery_offset = 0
+        self.has_bad_block_log = superblock.has_bad_block_log
         self.bad_blocks: list[tuple[int, int]] = []
         self.reads = 0
         self.next_sector = -1

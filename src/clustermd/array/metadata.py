@@ -17,6 +17,7 @@ from dataclasses import replace
 from clustermd.array.bitmap_writer import BitmapWriter
 from clustermd.array.coordinator import Coordinator
 from clustermd.array.member import Member
+from clustermd.array.member_io import bounded
 from clustermd.array.state import ArrayState
 from clustermd.device.helpers import read_bytes, write_bytes
 from clustermd.errors import BadBytes, Refused
@@ -105,7 +106,8 @@ class Metadata:
         device = member.device
         at = member.superblock.super_offset
         count = min(8, device.size_sectors - at)
-        data = await read_bytes(self.state.submitter, device, at * 512, count * 512)
+        reading = read_bytes(self.state.submitter, device, at * 512, count * 512)
+        data = await bounded(self.state, member, reading)
         superblock = Superblock.from_bytes(
             data, minor=member.superblock.minor, at_sector=at, device_sectors=device.size_sectors
         )
@@ -209,8 +211,12 @@ class Metadata:
         if member.role is not None and not member.in_sync:
             features |= FeatureMap.RECOVERY_OFFSET
             recovery_offset = member.recovery_offset
+        old = member.superblock
+        if not member.has_bad_block_log:
+            features &= ~FeatureMap.BAD_BLOCKS
+            old = replace(old, bblog_offset=0, bblog_size=0)
         return replace(
-            member.superblock,
+            old,
             feature_map=features,
             recovery_offset=recovery_offset,
             events=state.events,
@@ -225,13 +231,9 @@ class Metadata:
         return self.resync_position() if self.state.clean else 0
 
     async def _write_one(self, member: Member, superblock: Superblock) -> None:
-        await write_bytes(
-            self.state.submitter,
-            member.device,
-            superblock.super_offset * 512,
-            superblock.to_bytes(),
-            fua=True,
-        )
+        at = superblock.super_offset * 512
+        writing = write_bytes(self.state.submitter, member.device, at, superblock.to_bytes(), fua=True)
+        await bounded(self.state, member, writing)
 
     async def _write_bitmap_header(self) -> None:
         state = self.state

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from clustermd.array.coordinator import Coordinator
 from clustermd.array.member import Member
+from clustermd.array.member_io import Shared, transfer
 from clustermd.array.resync import hold_range
 from clustermd.array.state import ArrayState
 from clustermd.device.member_device import Op
@@ -67,36 +68,26 @@ class Repair:
 
     async def _rewrite(self, member: Member, lo: int, hi: int) -> None:
         state = self.state
-        submitter = state.submitter
         if member.faulty:
             return
         length = (hi - lo) * 512
         step = await hold_range(state, lo, hi)
-        buffer = submitter.pool.take(length)
+        shared = Shared(state.submitter.pool.take(length))
         try:
             source = state.first_copy(lo, hi, 1 << member.index)
-            if source is None:
+            if source is None or await transfer(state, source, Op.READ, lo, length, shared) != length:
                 return
-            result = await submitter.run(
-                source.device, Op.READ, source.data_offset_bytes + lo * 512, length, buffer
-            )
-            if result != length:
-                return
-            at = member.data_offset_bytes + lo * 512
-            written = await submitter.run(member.device, Op.WRITE, at, length, buffer, fua=True)
-            again = (
-                await submitter.run(member.device, Op.READ, at, length, buffer)
-                if written == length
-                else written
-            )
-            if again == length:
+            result = await transfer(state, member, Op.WRITE, lo, length, shared, fua=True)
+            if result == length:
+                result = await transfer(state, member, Op.READ, lo, length, shared)
+            if result == length:
                 member.corrected_errors += length // 4096 or 1
                 state.counters.read_errors_corrected += 1
                 state.log.info("%s: read error corrected at sectors %d to %d", member.path, lo, hi)
             else:
-                self._fail(1 << member.index, f"a read error at sector {lo} could not be repaired ({again})")
+                self._fail(1 << member.index, f"a read error at sector {lo} could not be repaired ({result})")
         finally:
-            buffer.release()
+            shared.drop()
             state.ranges.remove(step)
 
     async def stop(self) -> None:

@@ -70,10 +70,17 @@ class Request:
 class Volume(Protocol):
     """What an export serves: a running array (or a memory volume in tests)."""
 
-    name: str
-    size_bytes: int
-    read_only: bool
-    pool: BufferPool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    @property
+    def read_only(self) -> bool: ...
+
+    @property
+    def pool(self) -> BufferPool: ...
 
     def submit(self, batch: list[Request]) -> None:
         """Take a batch. Each request is completed once, now or later; this never blocks or raises."""

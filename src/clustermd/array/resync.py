@@ -22,10 +22,11 @@ from contextlib import suppress
 
 from clustermd.array.coordinator import Coordinator
 from clustermd.array.member import Member
+from clustermd.array.member_io import Shared, flush, transfer
 from clustermd.array.metadata import Metadata
 from clustermd.array.state import ArrayState
 from clustermd.array.status import SyncStatus
-from clustermd.device.member_device import Buffer, Op
+from clustermd.device.member_device import Op
 from clustermd.errors import ClusterLost, Refused
 from clustermd.ondisk.superblock import MAX_SECTOR
 
@@ -284,18 +285,14 @@ class Resync:
     async def _copy(self, lo: int, hi: int) -> None:
         """Read [lo, hi) from the first copy, write it to all others that work."""
         state = self.state
-        submitter = state.submitter
         step = await hold_range(state, lo, hi)
         length = (hi - lo) * 512
-        buffer = submitter.pool.take(length)
+        shared = Shared(state.submitter.pool.take(length))
         try:
-            source = await self._read_source(lo, hi, length, buffer)
+            source = await self._read_source(lo, hi, length, shared)
             targets = [member for member in state.writable if member is not source]
             results = await asyncio.gather(
-                *(
-                    submitter.run(m.device, Op.WRITE, m.data_offset_bytes + lo * 512, length, buffer)
-                    for m in targets
-                )
+                *(transfer(state, member, Op.WRITE, lo, length, shared) for member in targets)
             )
             for member, result in zip(targets, results, strict=True):
                 self._touched.add(member.index)
@@ -305,19 +302,17 @@ class Resync:
                     self._fail(1 << member.index, f"a resync write failed ({result})")
                     raise CopyFailed(f"{member.path} refused a write at sector {lo}")
         finally:
-            buffer.release()
+            shared.drop()
             state.ranges.remove(step)
 
-    async def _read_source(self, lo: int, hi: int, length: int, buffer: Buffer) -> Member:
+    async def _read_source(self, lo: int, hi: int, length: int, shared: Shared) -> Member:
         state = self.state
         tried = 0
         while True:
             source = state.first_copy(lo, hi, tried)
             if source is None:
                 raise CopyFailed(f"no member can deliver sectors {lo} to {hi}")
-            result = await state.submitter.run(
-                source.device, Op.READ, source.data_offset_bytes + lo * 512, length, buffer
-            )
+            result = await transfer(state, source, Op.READ, lo, length, shared)
             if result == length:
                 return source
             if result == -errno.ESHUTDOWN:
@@ -330,7 +325,7 @@ class Resync:
         state = self.state
         touched, self._touched = self._touched, set()
         members = [member for member in state.writable if member.index in touched]
-        results = await asyncio.gather(*(state.submitter.run(m.device, Op.FLUSH, 0, 0) for m in members))
+        results = await asyncio.gather(*(flush(state, member) for member in members))
         for member, result in zip(members, results, strict=True):
             if result == -errno.ESHUTDOWN:
                 raise OSError(errno.ESHUTDOWN, "the gate is shut")

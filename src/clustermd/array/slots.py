@@ -18,6 +18,7 @@ from dataclasses import replace
 from clustermd.array.bitmap import PAGE_BYTES, Bitmap
 from clustermd.array.bitmap_writer import BitmapWriter
 from clustermd.array.member import Member
+from clustermd.array.member_io import bounded
 from clustermd.array.state import ArrayState
 from clustermd.device.helpers import read_bytes, write_bytes
 from clustermd.errors import BadBytes, Refused
@@ -162,7 +163,11 @@ class Slots:
         areas: dict[int, bytes] = {}
         results = await asyncio.gather(
             *(
-                read_bytes(state.submitter, member.device, self._offset(member, slot), length)
+                bounded(
+                    state,
+                    member,
+                    read_bytes(state.submitter, member.device, self._offset(member, slot), length),
+                )
                 for member in state.writable
             ),
             return_exceptions=True,
@@ -190,7 +195,7 @@ class Slots:
         """Write a whole area, the first page first: its superblock must be valid before the rest counts."""
         start = self._offset(member, slot)
         for at in range(0, len(area), PAGE_BYTES):
-            await write_bytes(
-                self.state.submitter, member.device, start + at, area[at : at + PAGE_BYTES], fua=True
-            )
+            page = area[at : at + PAGE_BYTES]
+            writing = write_bytes(self.state.submitter, member.device, start + at, page, fua=True)
+            await bounded(self.state, member, writing)
             self.state.counters.bitmap_writes += 1

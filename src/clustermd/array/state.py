@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from clustermd.array.bitmap import Bitmap
 from clustermd.array.member import Member
@@ -59,6 +59,7 @@ class ArrayState:
         trace: Trace,
         *,
         read_only: bool,
+        device_timeout_s: int,
     ) -> None:
         self.name = name
         self.members = members
@@ -67,6 +68,7 @@ class ArrayState:
         self.clock = clock
         self.trace = trace
         self.read_only = read_only
+        self.device_timeout_s = device_timeout_s
         self.log = logging.getLogger(f"clustermd.{name}")
         self.array_sectors = reference.size
         self.raid_disks = reference.raid_disks
@@ -78,7 +80,7 @@ class ArrayState:
         self.windows = Windows()
         self.ranges = Ranges()
         self.counters = Counters()
-        self.tick = 0
+        self.tick = 0  # seconds in which I/O was not held
         self.foreground = (
             0  # client requests since the start; a resync sees from it whether others want the disks
         )
@@ -91,7 +93,7 @@ class ArrayState:
         self.in_sync: list[Member] = []
         self.parked: list[Request] = []
         self.flushes: set[Overdue] = set()
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.tasks: set[asyncio.Task[Any]] = set()
         self.activate: Callable[[], None] = lambda: None  # a write waits for the array to be marked active
         self.refresh()
 

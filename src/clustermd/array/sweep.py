@@ -13,9 +13,9 @@ import errno
 from collections.abc import Callable
 
 from clustermd.array.bitmap_writer import BitmapWriter
+from clustermd.array.member_io import flush
 from clustermd.array.metadata import Metadata
 from clustermd.array.state import ArrayState
-from clustermd.device.member_device import Op
 
 
 class Sweep:
@@ -59,7 +59,7 @@ class Sweep:
         """Flush every writable member's cache. False if one refused (it is failed then)."""
         state = self.state
         members = list(state.writable)
-        results = await asyncio.gather(*(state.submitter.run(m.device, Op.FLUSH, 0, 0) for m in members))
+        results = await asyncio.gather(*(flush(state, member) for member in members))
         fine = True
         for member, result in zip(members, results, strict=True):
             if result == -errno.ESHUTDOWN:
