@@ -53,6 +53,10 @@ class MemoryGroup:
         self.ring = (1, 0)
         self.order: list[Event] = []
         self.index = 0
+        self.unproved: set[Member] = set()
+        self.fences: dict[int, Member] = {}
+        self.fence_again: list[Member] = []
+        self.read_by_the_lost = 0
 
     def port(self, node: int, incarnation: int) -> Port:
         member = Member(node, incarnation, f"node{node}")
@@ -62,8 +66,13 @@ class MemoryGroup:
     # ---- what happens to the group
 
     def view(self, *, left: dict[Member, Left] | None = None, quorate: bool = True) -> None:
-        """A new view of all ports, in the order after everything so far."""
-        left = left or {}
+        """A new view of all ports, in the order after everything so far.
+
+        Whoever was lost and is not fenced yet is told of as lost again: a member that joins must know.
+        """
+        left = dict(left or {})
+        self.unproved |= {member for member, reason in left.items() if reason is Left.LOST}
+        left |= dict.fromkeys(self.unproved, Left.LOST)
         before = set(self.members)
         self.members = tuple(sorted(member for member in self.ports if member not in left))
         self.ring = (self.ring[0], self.ring[1] + 1)
@@ -75,17 +84,34 @@ class MemoryGroup:
             quorate=quorate,
         )
         self.order.append(lambda events: events.on_view(view))
+        again, self.fence_again = self.fence_again, []
+        for member in again:
+            self.fence(member)
 
     def lose(self, member: Member, reason: Left = Left.LOST) -> None:
         """A member ends; what it sent and nobody ordered is gone."""
-        del self.ports[member]
+        port = self.ports.pop(member)
+        self.read_by_the_lost = max(self.read_by_the_lost, port.read)
         self.view(left={member: reason})
 
     def fence(self, member: Member) -> None:
+        self.unproved.discard(member)
+        self.fences[len(self.order)] = member
         self.order.append(lambda events: events.on_fenced(member, "the test says so"))
 
     def break_sequencer(self) -> None:
-        """Everybody stays where it is, and what is not delivered never will be."""
+        """Everybody stays where it is, and what is not delivered never will be, except proofs of ends.
+
+        What a lost member was told was stable: some survivor is told before the order is gone.
+        """
+        ahead = max(self.ports, key=lambda member: (self.ports[member].read, member))
+        while self.ports[ahead].read < self.read_by_the_lost:
+            self.deliver(ahead)
+        self.read_by_the_lost = 0
+        told = min(port.read for port in self.ports.values())
+        self.fence_again = [member for place, member in self.fences.items() if place >= told]
+        self.unproved |= set(self.fence_again)
+        self.fences = {}
         self.order = []
         self.ring = (self.ring[0] + 1, 0)
         view = View(self.ring, self.members, (), (), False)

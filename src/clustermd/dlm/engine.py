@@ -170,7 +170,10 @@ class Engine:
         space = self.spaces.get(name)
         if space is None or not (space.member(key) or space.joiner(key)):
             return ENOENT
-        space.joiners = [joiner for joiner in space.joiners if joiner.session != key]
+        joiner = space.joiner(key)
+        if joiner is not None:
+            space.joiners.remove(joiner)
+            self._refuse(key, joiner.op, "left", f"the session gave up joining lockspace {name}", space=name)
         self._depart(space, frozenset((key,)), failed=False, always_invalid=False)
         return 0
 
@@ -318,6 +321,8 @@ class Engine:
         touched = space.locks_by_resource(gone)
         for resource, locks in touched:
             for lock in locks:
+                if lock in resource.granted:
+                    lock.op = 0  # nothing of it is pending
                 if lock.gr >= PW and (always_invalid or lock.fl & VALBLK):
                     resource.invalid = True
                 self._forget(resource, lock)
