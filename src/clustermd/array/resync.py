@@ -38,8 +38,8 @@ WINDOW_S = 0.25
 MARK_S = 3.0
 CHECKPOINT_S = 10.0
 RETRY_S = 1.0
-WHOLE_SHARE = 4
-"""A resync of more than one chunk in this many counts as a resync of the whole array."""
+WHOLE_SHARE = 0.9
+"""A resync of more than this part of all chunks is one of the whole array."""
 
 
 class CopyFailed(Exception):
@@ -219,7 +219,7 @@ class Resync:
             for chunk in sorted(bitmap.unreconciled):
                 bitmap.reconciled(chunk, state.degraded > 0)
             return
-        yielding = len(bitmap.unreconciled) * WHOLE_SHARE > len(bitmap.counters)
+        yielding = len(bitmap.unreconciled) > WHOLE_SHARE * len(bitmap.counters)
         state.trace.point("resync.begin", chunks=len(bitmap.unreconciled))
         position = 0
         serials: dict[int, int] = {}
