@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
@@ -141,6 +141,7 @@ def test_a_stream_cut_anywhere_is_answered_as_the_protocol_says(
     cut_lists,
     st.integers(0, 100),
 )
+@example([], b"\0\0\0\4\0", False, [4], 0)
 def test_garbage_ends_the_connection_and_loses_no_buffer(
     stream: list[Asked], garbage: bytes, in_transmission: bool, cuts: list[int], lost_bytes: int
 ) -> None:

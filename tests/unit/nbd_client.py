@@ -127,11 +127,11 @@ class Client:
         return answer
 
     async def ended(self) -> bytes:
-        """Everything up to the end of the stream."""
+        """Everything up to the end of the stream, which may have come while we still sent."""
         async with asyncio.timeout(ANSWER_S):
             try:
                 return await self.reader.read()
-            except ConnectionResetError:
+            except ConnectionError:
                 return b""
 
     async def close(self) -> None:

@@ -19,9 +19,10 @@ Theory
 
         magic u32 | flags u16 | type u16 | cookie u64 | length u32 | [offset u64, data] or [error u32, text]
 
-    The stream has no framing but these lengths. So a request that cannot be granted is answered with an
-    error and skipped, payload first (clients take an answer to what they still send for a fault); but when the magic is wrong, or a payload is of absurd length, the
-    place of the next request is lost and the connection must end.
+    The stream has no framing but these lengths. So the payload of a request that cannot be granted is
+    skipped, and then answered with an error (clients take an answer to what they still send for a fault);
+    but when the magic is wrong, or a payload is of absurd length, the place of the next request is lost and
+    the connection must end.
 
 What comes in is parsed a batch at a time (design 4): `RequestParser.parse` takes all complete requests out of
 a buffer and judges each in the same pass. A long WRITE may be the last of its batch with its payload
