@@ -38,7 +38,9 @@ _MARKS: tuple[tuple[str, int, bytes], ...] = (
     ("swap area", 4086, b"SWAPSPACE2"),
     ("GPT partition table", 512, b"EFI PART"),
 )
-_EXT_MAGIC_AT, _EXT_MAGIC = 0x438, b"\x53\xef"
+_EXT_MAGIC = b"\x53\xef"
+_NOUNS = {"filesystem": "file system", "crypto": "volume", "raid": "volume"}
+"""What blkid calls the usage of a format, in words."""
 _MD_090_MAGIC = 0xA92B4EFC
 
 
@@ -108,8 +110,9 @@ def _by_blkid(disk: Disk) -> list[str]:
     kind = fields.get("TYPE", "")
     if kind and kind != "linux_raid_member":
         label = f" named {fields['LABEL']!r}" if fields.get("LABEL") else ""
-        noun = "file system" if fields.get("USAGE") == "filesystem" else (fields.get("USAGE") or "format")
-        messages.append(f"{disk.path} appears to contain a {kind} {noun}{label}")
+        messages.append(
+            f"{disk.path} appears to contain a {kind} {_NOUNS.get(fields.get('USAGE', ''), 'area')}{label}"
+        )
     if fields.get("PTTYPE"):
         messages.append(f"partition table exists on {disk.path}")
     return messages
