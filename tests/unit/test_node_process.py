@@ -280,6 +280,34 @@ def test_a_refused_start_is_told_with_code_and_data_and_leaves_nothing(rundir: R
     asyncio.run(story())
 
 
+def test_a_disk_error_at_the_start_is_told(rundir: RunDir) -> None:
+    async def start(*_: Any) -> RunningArray:
+        raise OSError(5, "Input/output error")
+
+    async def story() -> None:
+        async with process(rundir, start) as running:
+            said = (await running.heard())["refused"]
+            assert (said["code"], said["data"]) == ("start-failed", {"errno": 5})
+            assert await running.task == 1
+
+    asyncio.run(story())
+
+
+def test_a_run_directory_that_cannot_be_written_does_not_stop_the_array(rundir: RunDir) -> None:
+    async def story() -> None:
+        async with process(rundir) as running:
+            await running.heard()
+            running.files.status.unlink()
+            running.files.status.mkdir()
+            running.array.show(held="something")
+            running.array.show(raid_disks=3)
+            await asyncio.sleep(0.3)
+            assert (await running.ask("status"))["status"]["raid_disks"] == 3
+            running.files.status.rmdir()
+
+    asyncio.run(story())
+
+
 def test_why_a_start_takes_long_is_told_while_it_does(rundir: RunDir) -> None:
     async def start(_config: ArrayConfig, _rundir: RunDir, _trace: Trace, notice: Notice) -> RunningArray:
         notice("waiting for node2 to be fenced")

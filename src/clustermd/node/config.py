@@ -65,7 +65,7 @@ def array_name(word: str) -> str:
 
 def check_name(name: str) -> str:
     """`name`, if an array may have it. Raises Refused."""
-    if not _NAME.fullmatch(name) or name in RESERVED or name.endswith((".sock", ".lock")):
+    if not _NAME.fullmatch(name) or name in RESERVED or name.endswith((".sock", ".lock", ".log")):
         raise Refused(
             "bad-array-name",
             f"{name!r} cannot be the name of an array:"

@@ -97,6 +97,7 @@ class ArrayProcess:
         self._ending = asyncio.Event()
         self._failed = False
         self._shown = ""
+        self._publish_error = ""
         self._mdstat_is_old = False
 
     async def run(self) -> int:
@@ -116,8 +117,9 @@ class ArrayProcess:
             SpeedLimits(self.rundir, log.warning).make()
             return await self._run()
         finally:
-            self.files.remove_leftovers()
-            rewrite_mdstat(self.rundir)
+            with contextlib.suppress(OSError):  # a run directory that was removed has no leftovers
+                self.files.remove_leftovers()
+                rewrite_mdstat(self.rundir)
             pid_file.release()
 
     async def _run(self) -> int:
@@ -125,6 +127,13 @@ class ArrayProcess:
             running = await self._start()
         except Refused as refusal:
             return self._refuse(refusal)
+        except OSError as error:
+            log.exception("%s could not be started", self.config.name)
+            return self._refuse(
+                Refused(
+                    "start-failed", f"{self.config.name} could not be started: {error}", errno=error.errno
+                )
+            )
         if running is None:
             return 1
         self._running = running
@@ -208,14 +217,20 @@ class ArrayProcess:
         }
 
     def _publish(self) -> None:
+        """Bring status.json and mdstat up to date. A full or broken run directory does not stop the array."""
         status = self._status()
         text = array_text(status)
-        if text != self._shown:
-            self._shown = text
-            publish(self.rundir, status)
-            self._mdstat_is_old = True
-        if self._mdstat_is_old:
-            self._mdstat_is_old = not rewrite_mdstat(self.rundir)
+        try:
+            if text != self._shown:
+                publish(self.rundir, status)
+                self._shown = text
+                self._mdstat_is_old = True
+            if self._mdstat_is_old:
+                self._mdstat_is_old = not rewrite_mdstat(self.rundir)
+        except OSError as error:
+            if self._publish_error != str(error):
+                log.warning("mdstat is out of date, the run directory cannot be written: %s", error)
+            self._publish_error = str(error)
 
     # what it is asked
 
