@@ -203,6 +203,21 @@ def test_a_killed_member_is_lost_at_once_and_fenced_when_its_lock_is_free(group:
     a.wait(lambda e: e[0] == "view" and e[3] == ["b"] and e[1][1] > 3, "return of b")
 
 
+def test_a_disk_whose_name_is_gone_still_proves_an_end(group: Group) -> None:
+    a, b = group.members("a", "b")
+    disk = group.root / "disk"
+    disk.write_bytes(bytes(4096))
+    holder = group.holder(disk, 2)
+    b.say("witness", disk, holder.pid)
+    b.wait(lambda e: e == ["registered"], "registration")
+    disk.unlink()
+    b.popen.kill()
+    a.wait_status(lambda s: "path is gone" in str(s["sequencer"]), "the lock of a file without a name")
+    assert not [e for e in a.events if e[0] == "fenced"]
+    holder.say("let go")
+    a.wait(lambda e: e[0] == "fenced" and e[1] == "b", "fencing")
+
+
 def test_a_process_that_does_not_let_go_is_killed_within_the_bound(group: Group) -> None:
     a, b = group.members("a", "b")
     disk = group.root / "disk"

@@ -6,6 +6,10 @@ can get that lock on every disk knows that nothing more comes (design section 5)
 gives no event, therefore this polls. A process that lost its daemon drains and lets go by itself; one
 that has not done so after `unresponsive_s` is killed through a pidfd, and its locks are awaited all the same.
 
+A disk whose path is gone or leads elsewhere by now cannot be asked for its lock. Then the kernel's list of all
+locks (/proc/locks, proc(5)) is read: a request in flight keeps the open file, and so its lock there, even
+when its name was removed.
+
 Opening a disk that hangs can block, so looks at devices run beside the loop, in short-lived threads
 that no exit waits for: a hung disk must not stop the cluster's order.
 """
@@ -13,6 +17,7 @@ that no exit waits for: a hung disk must not stop the cluster's order.
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable
 from typing import TypeVar
@@ -58,6 +63,21 @@ async def beside_loop(function: Callable[[], T]) -> T:
     return await outcome
 
 
+def lock_listed(inode: int, offset: int) -> bool:
+    """Whether the kernel lists a lock that starts at byte `offset` of any file with this inode number.
+
+    Devices are not compared: file systems differ in how they number them here, and a lock too many is
+    only waited for.
+    """
+    with open("/proc/locks", encoding="ascii") as file:
+        for line in file:
+            # 1: OFDLCK ADVISORY WRITE -1 fd:01:131 0 EOF; who waits has "->" before the kind
+            *_, place, start, _ = line.split()
+            if place.rsplit(":", 1)[-1] == str(inode) and start == str(offset):
+                return True
+    return False
+
+
 async def still_held(witness: Witness) -> list[str]:
     """The paths, with the reason, on which the end of its process is not proved."""
 
@@ -67,7 +87,13 @@ async def still_held(witness: Witness) -> list[str]:
             try:
                 if not probe(path, device, inode, witness.offset):
                     held.append(f"{path}: its lock is held")
-            except (OSError, DeviceRefused) as error:
+            except DeviceRefused as error:
+                vanished = error.code == "witness-open-failed" and not os.path.lexists(path)
+                if not vanished and error.code != "witness-other-inode":
+                    held.append(f"{path}: {error}")
+                elif lock_listed(inode, witness.offset):
+                    held.append(f"{path}: its lock is held, though the path is gone")
+            except OSError as error:
                 held.append(f"{path}: {error}")
         return held
 
