@@ -97,7 +97,9 @@ class Storm:
             return
         client = draw.choice(alive)
         locks = [lock for lock in client.locks if lock in client.held or lock in client.pending]
-        kind = draw.choices(("request", "convert", "unlock", "cancel", "recovered", "leave"), (4, 8, 2, 2, 1, 0.1))[0]
+        kind = draw.choices(
+            ("request", "convert", "unlock", "cancel", "recovered", "leave"), (4, 8, 2, 2, 1, 0.1)
+        )[0]
         lvb = draw.randbytes(LVB)
         if kind == "request":
             mode = draw.randrange(6)

@@ -293,6 +293,9 @@ class Engine:
         ]
         if leavers:
             space.generation += 1
+        for seat in space.in_state(SeatState.RECOVERING):
+            # who comes back later knows nothing of the takeovers of its earlier membership
+            seat.told = [key for key in seat.told if key not in gone]
         for seat in leavers:
             if failed:
                 seat.state = SeatState.RECOVERING

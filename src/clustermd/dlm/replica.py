@@ -216,6 +216,7 @@ class Replica:
                 self._entry(pack(["ops", *key, first, ops]))
             case ["ack", applied, digest_at, digest]:
                 self._acks[key] = max(self._acks.get(key, 0), applied)
+                self._trim()
                 self._compare(key, digest_at, digest)
             case [word, ring, number, count, data]:
                 self._on_part(word, key, tuple(ring), number, count, data)
@@ -438,9 +439,11 @@ class Replica:
     def _say_ack(self, digest_at: int, digest: bytes) -> None:
         self._acked = self._machine.applied
         self._to_send.append(pack(["ack", self._machine.applied, digest_at, digest]))
-        known = [self._acks.get(key, 0) for key in self._machine.members]
-        if known:
-            self._machine.trim(min(known))
+
+    def _trim(self) -> None:
+        """Forget what every member has."""
+        if self._phase is Phase.LIVE:
+            self._machine.trim(min(self._acks.get(key, 0) for key in self._machine.members))
 
     def _compare(self, key: NodeKey, digest_at: int, digest: bytes) -> None:
         """All members tell a digest of their state at the same places; who differs from most starts anew."""

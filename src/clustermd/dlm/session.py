@@ -204,8 +204,9 @@ class SessionLockspace:
         what = f"leaving lockspace {self.name}"
         self.session.check_alive(what)
         future = self.session.submit(["leave", 0, self.name])
+        # also if nobody waits any more; until then the name cannot be joined again
+        future.add_done_callback(lambda _: self.session.spaces.pop(self.name, None))
         await asyncio.wait((future,))
-        self.session.spaces.pop(self.name, None)
         self.session.raise_unless_granted(future.result(), what)
 
 
