@@ -408,3 +408,18 @@ def test_a_file_with_a_loop_device_over_it_is_refused(cluster: LocalCluster, dis
         assert f"{disks[0]} is the backing file of {loop}" in ran.err
     finally:
         subprocess.run(["losetup", "-d", loop], check=True)
+
+
+def test_nodes_that_would_use_other_files_are_refused(cluster: LocalCluster, disks: list[str]) -> None:
+    ok(run(cluster, *NEW, "-bclustered", "--assume-clean", *disks[:2]))
+    shutil.copyfile(disks[0], disks[2])
+    before = sums(disks)
+    ran = run(cluster, "-A", "md0", disks[2], disks[1], node="node2")
+    assert ran.status == 1
+    assert f"{disks[2]} is not what node1 uses for this array" in ran.err
+    assert sums(disks)[2] == before[2]
+    ran = run(cluster, "-A", "md0", *disks, node="node2")
+    assert "appear to have very similar superblocks" in ran.err
+    # A hard link is another path to the same file.
+    (cluster.directory / "link.img").hardlink_to(disks[0])
+    ok(run(cluster, "-A", "md0", "link.img", disks[1], node="node2"))

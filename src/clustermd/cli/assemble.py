@@ -129,6 +129,15 @@ def _pick(command: Command, rundir: RunDir, shown: str, paths: list[str]) -> lis
                 f" it belongs to array {uuid_text(superblock.set_uuid)} ({superblock.set_name})",
                 path=path,
             )
+        for other in found:
+            if superblock.device_uuid == other.superblock.device_uuid:
+                raise DeviceRefused(
+                    "similar-superblocks",
+                    f"WARNING {path} and {other.path} appear to have very similar superblocks.\n"
+                    "      If they are really different, please --zero-superblock one\n"
+                    "      If they are the same or one is a copy, please name only one.",
+                    paths=[other.path, path],
+                )
         inodes[inode] = path
         found.append(_Found(path, superblock))
     if not found:

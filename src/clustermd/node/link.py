@@ -16,7 +16,7 @@ from clustermd.device import witness
 from clustermd.device.direct import DirectDevice
 from clustermd.device.member_device import Submitter
 from clustermd.dlm.lockspace import Lockspace, LockspaceEvents
-from clustermd.errors import Refused
+from clustermd.errors import DeviceRefused, Refused
 from clustermd.group.process_group import Witness
 from clustermd.lockd.client import LockdConnection, connect
 from clustermd.node.files import process_started
@@ -24,18 +24,28 @@ from clustermd.rundir import RunDir
 
 SAY_S = 2.0
 """How long to wait without a word."""
+SAME_DISKS_S = 5.0
+"""How long a peer that seems to use other disks gets to turn out dead."""
 _POLL_S = 0.02
 
 
 class LockdLink:
-    """A `cluster.Link` over this node's lockd. Made by `connect_link`."""
+    """A `cluster.Link` over this node's lockd. Made by `connect_link`.
+
+    `devices` are all that may be written; `shared()` are those that every node of the array has open.
+    """
 
     def __init__(
-        self, connection: LockdConnection, devices: Sequence[DirectDevice], submitter: Submitter
+        self,
+        connection: LockdConnection,
+        devices: Sequence[DirectDevice],
+        shared: Callable[[], list[DirectDevice]],
+        submitter: Submitter,
     ) -> None:
         self._connection = connection
         self._devices = devices
         self._submitter = submitter
+        self._shared = shared
 
     @property
     def offset(self) -> int:
@@ -43,7 +53,43 @@ class LockdLink:
         return witness.WITNESS_BASE + self._connection.node
 
     async def join(self, name: str, events: LockspaceEvents, max_slots: int) -> Lockspace:
-        return await self._connection.session.join(name, events, max_slots=max_slots)
+        lockspace = await self._connection.session.join(name, events, max_slots=max_slots)
+        try:
+            await self._check_same_disks(lockspace)
+        except BaseException:
+            await lockspace.leave()
+            raise
+        return lockspace
+
+    async def _check_same_disks(self, lockspace: Lockspace) -> None:
+        """Refuse disks that are not the ones the other nodes have open (rule 20).
+
+        A node of this machine holds its witness byte on every disk it uses. Where a living peer's byte is free, it
+        uses another file or device node: a copy, or a loop device over the file. One that has just died is
+        still listed for a moment, so it gets the time to be found dead.
+        """
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + SAME_DISKS_S
+        while True:
+            others = [
+                (peer.name, device.path)
+                for peer in lockspace.slots
+                if peer.slot != lockspace.our_slot
+                for device in self._shared()
+                if not witness.held(device.fd, witness.WITNESS_BASE + peer.node)
+            ]
+            if not others:
+                return
+            if loop.time() >= end_s:
+                name, path = others[0]
+                raise DeviceRefused(
+                    "not-the-same-disk",
+                    f"{path} is not what {name} uses for this array: it is a copy, or another way to the same"
+                    f" disk (a file and a loop device over it). Give this node the same files as {name}",
+                    path=path,
+                    peer=name,
+                )
+            await asyncio.sleep(_POLL_S)
 
     async def close(self) -> None:
         """Wait for the last request of this life, give up the witness locks, then the session."""
@@ -73,6 +119,7 @@ async def connect_link(
     rundir: RunDir,
     array: str,
     devices: Sequence[DirectDevice],
+    shared: Callable[[], list[DirectDevice]],
     submitter: Submitter,
     notice: Callable[[str], None],
 ) -> LockdLink:
@@ -88,7 +135,7 @@ async def connect_link(
             if refusal.code != "group-not-ready":
                 raise
             notice(refusal.message)
-    link = LockdLink(connection, devices, submitter)
+    link = LockdLink(connection, devices, shared, submitter)
     try:
         await link.take_witness(array, notice)
     except BaseException:

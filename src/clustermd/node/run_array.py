@@ -87,10 +87,15 @@ async def start_array(config: ArrayConfig, rundir: RunDir, trace: Trace, notice:
         _check_cluster(config, assembly)
         coordinator: Coordinator = Alone()
         if assembly.clustered and not config.read_only:
-            members = [device for device in devices if device.fd >= 0]
+            opened = [device for device in devices if device.fd >= 0]
+
+            def shared() -> list[DirectDevice]:
+                good = {member.path for member in assembly.members if member.in_sync}
+                return [device for device in opened if device.path in good]
+
             coordinator = Cluster(
                 str(UUID(bytes=assembly.reference.set_uuid)),
-                lambda: connect_link(rundir, config.name, members, submitter, notice),
+                lambda: connect_link(rundir, config.name, opened, shared, submitter, notice),
                 trace,
             )
         array = Array(
