@@ -20,12 +20,21 @@ from clustermd.group.process_group import Member, Witness
 
 @dataclass(slots=True)
 class Incarnation:
-    """One life of a node: its member, its lockd's process, and the witnesses of its I/O by key."""
+    """One life of a node: its member, its lockd's process, and the witnesses of its I/O by key.
+
+    `over` is not kept: a new sequencer finds out for itself.
+    """
 
     member: Member
     pid: int
     pid_started: int
     witnesses: dict[str, Witness] = field(default_factory=dict)
+    over: bool = False
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"{self.member.name} ({self.member.incarnation:016x})"
 
     def to_json(self) -> dict[str, Any]:
         return {

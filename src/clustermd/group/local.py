@@ -31,9 +31,10 @@ from clustermd.group.liveness import Bounds, PeerWatch
 from clustermd.group.order import Event, member_from_wire, member_to_wire, view_from_event
 from clustermd.group.orderlog import missed
 from clustermd.group.process import kill, start_time
-from clustermd.group.process_group import Busy, GroupEvents, Member, View, Witness
+from clustermd.group.process_group import Busy, GroupEvents, Left, Member, View, Witness
 from clustermd.group.sequencer_protocol import PROTOCOL, SEQUENCER_MODULE
 from clustermd.group.start import connect_or_start
+from clustermd.group.tasks import Tasks
 from clustermd.rundir import RunDir
 from clustermd.trace import Trace
 
@@ -81,7 +82,7 @@ class LocalGroup:
         self._status: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._over = False
         self._joining = False
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
 
     # --- ProcessGroup
 
@@ -121,7 +122,7 @@ class LocalGroup:
     async def connect(self) -> None:
         """Find or start the sequencer and learn this node's number. Raises Refused."""
         await self._reach()
-        self._spawn(self._tick())
+        self._tasks.spawn(self._tick())
 
     def join(self, events: GroupEvents) -> None:
         """Begin the membership; the first view comes to `events` when the group takes us."""
@@ -138,8 +139,7 @@ class LocalGroup:
         if self._link is not None:
             self._link.close()
             self._link = None
-        for task in self._tasks:
-            task.cancel()
+        self._tasks.cancel()
         for _, future in self._asked.values():
             if not future.done():
                 future.set_exception(
@@ -219,7 +219,7 @@ class LocalGroup:
                 self._expelled(f"the order's log cannot be read: {error}")
         if not self._ended():
             self._freeze("the sequencer has ended and is being replaced")
-            self._spawn(self._return())
+            self._tasks.spawn(self._return())
 
     def _ended(self) -> bool:
         return self._over
@@ -295,6 +295,13 @@ class LocalGroup:
                 events.on_fenced(member, proof)
 
     def _view(self, view: View, events: GroupEvents) -> None:
+        if (self.me, Left.LEFT) in view.left:
+            # our sequencer died between the order of our leave and its answer
+            for _, future in self._asked.values():
+                if not future.done():
+                    future.set_result(None)
+            self.abandon("left")
+            return
         if self.me not in view.members:
             self._expelled("the group has declared this node lost")
             return
@@ -372,15 +379,3 @@ class LocalGroup:
                 log.error("the sequencer has not answered for %.1f s: it is killed", self._watch.silent_s)
                 kill(*self._sequencer)
                 self._watch.heard()
-
-    def _spawn(self, work: Any) -> None:
-        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-
-    def _done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            asyncio.get_running_loop().call_exception_handler(
-                {"message": "a task failed", "exception": task.exception()}
-            )

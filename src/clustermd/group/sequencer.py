@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from clustermd.clock import Clock, SystemClock
-from clustermd.errors import BadBytes, DeviceRefused, Refused
-from clustermd.group.claims import Claims
+from clustermd.errors import BadBytes, Refused
 from clustermd.group.daemon import run_daemon
+from clustermd.group.endings import Ending, Endings
 from clustermd.group.frames import Frame, FrameLink, bad_frame, encode, serve_links
 from clustermd.group.incarnations import Incarnation, Incarnations, Nodes
 from clustermd.group.liveness import Bounds, PeerWatch
@@ -33,8 +33,9 @@ from clustermd.group.order import Event, Order
 from clustermd.group.orderlog import OrderLog
 from clustermd.group.process import alive, boot_id, ended, kill, start_time
 from clustermd.group.process_group import Left, Member, Witness
-from clustermd.group.proof import beside_loop, prove_end, still_held
+from clustermd.group.registrar import Registrar
 from clustermd.group.sequencer_protocol import PROTOCOL
+from clustermd.group.tasks import Tasks
 from clustermd.rundir import RunDir
 
 MAX_UNSENT_BYTES = 64 << 20
@@ -51,18 +52,7 @@ class Client:
     member: Member | None = None
     receiving: bool = False
     confirmed_place: int = 0
-    registering: dict[str, float] = field(default_factory=dict)
     out: bytearray = field(default_factory=bytearray)
-
-
-@dataclass(eq=False, slots=True)
-class Ending:
-    """A life whose end is being proved; `waiting` says on what, by witness key."""
-
-    record: Incarnation
-    begun_s: float
-    waiting: dict[str, str] = field(default_factory=dict)
-    proof: str | None = None
 
 
 class Sequencer:
@@ -75,15 +65,15 @@ class Sequencer:
         self._nodes = Nodes(root)
         self._incarnations = Incarnations(root, boot_id())
         self._log = OrderLog(root, boot_id())
-        self._claims = Claims()
         self._order = Order()
         self._clients: dict[FrameLink, Client] = {}
         self._awaited: dict[int, float] = {}  # former incarnations that may still rejoin: seconds awaited
-        self._endings: dict[int, Ending] = {}
         self._joiners: list[Client] = []
         self._recovering = True
         self._unlogged = bytearray()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
+        self._registrar = Registrar(self._incarnations, clock)
+        self._endings = Endings(clock, bounds, self._tasks, self._proved)
 
     async def run(self, socket_path: Path, stop: asyncio.Event, ready: Any) -> None:
         self._nodes.load()
@@ -98,11 +88,10 @@ class Sequencer:
             server.close()
             for client in list(self._clients.values()):
                 client.link.close()
-            for task in self._tasks:
-                task.cancel()
+            self._tasks.cancel()
             self._flush()
             self._log.close()
-            self._claims.close()
+            self._registrar.close()
 
     # --- links
 
@@ -138,9 +127,10 @@ class Sequencer:
             case ["join"] if member is not None:
                 self._join(client)
             case ["witness", int(request), list(wire)] if member is not None:
-                self._spawn(self._register(client, request, _witness(wire)))
+                self._tasks.spawn(self._register(client, request, member, _witness(wire)))
             case ["withdraw", int(request), str(key)] if member is not None:
-                self._withdraw(client, request, key)
+                self._registrar.withdraw(member, key)
+                link.send("ok", request)
             case ["leave", int(request)] if member is not None:
                 self._leave(client, request)
             case ["status", int(request)]:
@@ -178,7 +168,7 @@ class Sequencer:
             del self._awaited[incarnation]
             client.confirmed_place = place
             log.info("%s rejoins", _name(client.member))
-            self._reclaim(self._incarnations.living[incarnation])
+            self._tasks.spawn(self._registrar.reclaim(self._incarnations.living[incarnation]))
             self._recovered()
 
     def _join(self, client: Client) -> None:
@@ -212,14 +202,13 @@ class Sequencer:
                 "refused", request, "not-clean", f"processes of this node still do I/O: {kept}", {}
             )
             return
-        self._incarnations.living.pop(incarnation, None)
         client.receiving = False
         if incarnation in self._order.members:
             self._emit(self._order.view(left=[(client.member, Left.LEFT)]))
             self._flush()  # before the list forgets it: every member in the log is on the list
         if client in self._joiners:
             self._joiners.remove(client)
-        self._incarnations.save()
+        self._registrar.forget(incarnation)
         client.member = None
         client.link.send("ok", request)
         self._recovered()
@@ -248,97 +237,27 @@ class Sequencer:
                 client.link.send_bytes(bytes(client.out))
                 client.out.clear()
 
-    # --- witnesses
-
-    async def _register(self, client: Client, request: int, witness: Witness) -> None:
-        assert client.member is not None
-        incarnation = client.member.incarnation
-        client.registering[witness.key] = self._clock.monotonic_s()
+    async def _register(self, client: Client, request: int, member: Member, witness: Witness) -> None:
         try:
-            opened = await beside_loop(lambda: self._claims.look(witness))
-            owner = (incarnation, witness.key)
-            self._claims.keep(owner, witness, opened)
-            try:
-                held = await still_held(witness)
-                if len(held) < len(witness.paths):
-                    raise DeviceRefused(
-                        "witness-not-held",
-                        f"process {witness.pid} does not hold its lock at byte {witness.offset} of "
-                        "every disk: it must take the locks before it registers them",
-                    )
-                record = self._incarnations.living.get(incarnation)
-                if record is None or incarnation in self._endings:
-                    raise Refused("not-a-member", f"{client.member.name} is no member any more")
-            except Refused:
-                self._claims.drop(*owner)
-                raise
-            record.witnesses[witness.key] = witness
-            self._incarnations.save()
+            await self._registrar.register(member, witness)
         except Refused as error:
             client.link.send("refused", request, error.code, error.message, error.data)
         else:
             client.link.send("ok", request)
-        finally:
-            del client.registering[witness.key]
-
-    def _withdraw(self, client: Client, request: int, key: str) -> None:
-        assert client.member is not None
-        incarnation = client.member.incarnation
-        record = self._incarnations.living.get(incarnation)
-        if record is not None and record.witnesses.pop(key, None) is not None:
-            self._incarnations.save()
-            self._claims.drop(incarnation, key)
-        client.link.send("ok", request)
-
-    def _reclaim(self, record: Incarnation) -> None:
-        """Hold the block devices of a former life again; the old sequencer's claims ended with it."""
-        for witness in record.witnesses.values():
-            self._spawn(self._reclaim_one(record, witness))
-
-    async def _reclaim_one(self, record: Incarnation, witness: Witness) -> None:
-        try:
-            opened = await beside_loop(lambda: self._claims.look(witness))
-        except DeviceRefused as error:
-            log.error("a disk in use could not be claimed again: %s", error.message)
-            return
-        self._claims.keep((record.member.incarnation, witness.key), witness, opened)
-        if record.member.incarnation not in self._incarnations.living:
-            self._claims.drop(record.member.incarnation)
 
     # --- ends
 
     def _lose(self, record: Incarnation) -> None:
         """A life is over: tell the others now, and prove it."""
         incarnation = record.member.incarnation
-        if incarnation in self._endings:
+        if incarnation in self._endings.open:
             return
         self._awaited.pop(incarnation, None)
         if not self._recovering and incarnation in self._order.members:
             self._emit(self._order.view(left=[(record.member, Left.LOST)]))
-        ending = Ending(record, self._clock.monotonic_s())
-        self._endings[incarnation] = ending
-        self._spawn(self._prove(ending))
+        self._endings.begin(record)
 
-    async def _prove(self, ending: Ending) -> None:
-        record = ending.record
-        # without the order a lockd is of no use, and while it runs its sessions might believe in it
-        if kill(record.pid, record.pid_started):
-            log.info("killed lockd %d of %s", record.pid, _name(record.member))
-        ending.waiting["lockd"] = f"process {record.pid}: the node's lockd still runs"
-        await ended(record.pid, record.pid_started)
-        del ending.waiting["lockd"]
-
-        async def one(witness: Witness) -> str:
-            def waiting(what: str) -> None:
-                ending.waiting[witness.key] = what
-
-            proof = await prove_end(witness, self._clock, self._bounds, waiting)
-            ending.waiting.pop(witness.key, None)
-            return proof
-
-        proofs = await asyncio.gather(*(one(witness) for witness in record.witnesses.values()))
-        ending.proof = "; ".join([f"lockd {record.pid} has ended", *proofs])
-        log.info("proved the end of %s: %s", _name(record.member), ending.proof)
+    def _proved(self, ending: Ending) -> None:
         if self._recovering:
             self._recovered()
         else:
@@ -350,10 +269,8 @@ class Sequencer:
         if incarnation in self._order.lost:
             self._emit(self._order.fenced(incarnation, ending.proof))
         self._flush()
-        del self._endings[incarnation]
-        self._claims.drop(incarnation)
-        self._incarnations.living.pop(incarnation, None)
-        self._incarnations.save()
+        del self._endings.open[incarnation]
+        self._registrar.forget(incarnation)
 
     # --- a new life
 
@@ -370,8 +287,8 @@ class Sequencer:
                 self._lose(record)
             else:
                 self._awaited[incarnation] = 0.0
-                self._spawn(self._watch_former(record))
-        names = [_name(record.member) for record in self._incarnations.living.values()]
+                self._tasks.spawn(self._watch_former(record))
+        names = [record.title for record in self._incarnations.living.values()]
         log.info("started; former incarnations: %s", ", ".join(names) or "none")
         self._recovered()
 
@@ -383,8 +300,7 @@ class Sequencer:
 
     def _recovered(self) -> None:
         """Order the first view of the new life once nobody's fate is open."""
-        unproved = [ending for ending in self._endings.values() if ending.proof is None]
-        if not self._recovering or self._awaited or unproved:
+        if not self._recovering or self._awaited or self._endings.unproved:
             return
         self._recovering = False
         back = {
@@ -398,7 +314,7 @@ class Sequencer:
                 back[incarnation].receiving = True
         if self._order.members:
             self._emit(self._order.view(left=[(member, Left.LOST) for member in dead]))
-        for ending in list(self._endings.values()):
+        for ending in list(self._endings.open.values()):
             self._fence(ending)
         joiners, self._joiners = self._joiners, []
         for client in joiners:
@@ -430,9 +346,7 @@ class Sequencer:
                 self._awaited[incarnation] += min(elapsed_s, 2 * self._bounds.tick_s)
                 if self._awaited[incarnation] >= self._bounds.unresponsive_s:
                     record = self._incarnations.living[incarnation]
-                    log.info(
-                        "%s did not rejoin within %g s", _name(record.member), self._bounds.unresponsive_s
-                    )
+                    log.info("%s did not rejoin within %g s", record.title, self._bounds.unresponsive_s)
                     self._lose(record)
             confirmed = [client.confirmed_place for client in self._clients.values() if client.receiving]
             if not self._recovering:  # former members may still have to read what they missed
@@ -447,7 +361,6 @@ class Sequencer:
 
     def status(self) -> dict[str, Any]:
         """What people want to know: who is silent, and whose end is awaited on what account."""
-        now_s = self._clock.monotonic_s()
         return {
             "pid": os.getpid(),
             "recovering": self._recovering,
@@ -460,39 +373,13 @@ class Sequencer:
                 for client in self._clients.values()
                 if client.member is not None and client.watch.shown
             ],
-            "registering": [
-                {"node": client.member.name, "witness": key, "for_s": round(now_s - begun_s, 1)}
-                for client in self._clients.values()
-                if client.member is not None
-                for key, begun_s in client.registering.items()
-            ],
+            "registering": self._registrar.status(),
             "awaited": [
                 {"node": self._incarnations.living[incarnation].member.name, "for_s": round(for_s, 1)}
                 for incarnation, for_s in self._awaited.items()
             ],
-            "unproved": [
-                {
-                    "node": ending.record.member.name,
-                    "incarnation": f"{ending.record.member.incarnation:016x}",
-                    "for_s": round(now_s - ending.begun_s, 1),
-                    "waiting": list(ending.waiting.values()),
-                }
-                for ending in self._endings.values()
-            ],
+            "unproved": self._endings.status(),
         }
-
-    def _spawn(self, work: Any) -> None:
-        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-
-    def _done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            # crash-only: a successor goes on from what is durable
-            asyncio.get_running_loop().call_exception_handler(
-                {"message": "a task failed", "exception": task.exception()}
-            )
 
 
 def _name(member: Member) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any
 
 from clustermd.clock import Clock, SystemClock, SystemRandom
@@ -28,6 +28,7 @@ from clustermd.group.liveness import Bounds, PeerWatch
 from clustermd.group.local import LocalGroup
 from clustermd.group.process import kill, start_time
 from clustermd.group.process_group import Member, View, Witness
+from clustermd.group.tasks import Tasks
 from clustermd.lockd.protocol import PROTOCOL
 from clustermd.lockd.sessions import SessionState
 from clustermd.rundir import RunDir
@@ -50,7 +51,7 @@ class Lockd:
         self._sessions: dict[int, SessionState] = {}
         self._arriving: dict[FrameLink, str] = {}
         self._suspended = "this node has not joined the group yet"
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._idle_s = 0.0
 
     async def run(self, stop: asyncio.Event, ready: Callable[[], None]) -> None:
@@ -136,11 +137,11 @@ class Lockd:
             case ["ping", int(number)]:
                 link.send("pong", number)
             case ["witness", list(wire)]:
-                self._spawn(self._register(state, wire))
+                self._tasks.spawn(self._register(state, wire))
             case ["goodbye"]:
-                self._spawn(self._goodbye(state))
+                self._tasks.spawn(self._goodbye(state))
             case ["status"]:
-                self._spawn(self._tell_status(link))
+                self._tasks.spawn(self._tell_status(link))
             case _:
                 raise bad_frame(f"a session says {frame[0]!r} in a way its lockd does not know")
 
@@ -154,7 +155,7 @@ class Lockd:
                     link.send("waiting", self._group.frozen or "the lock manager's state is on its way")
                 self._welcome()
             case ["status"]:
-                self._spawn(self._tell_status(link))
+                self._tasks.spawn(self._tell_status(link))
             case ["ping", int(number)]:
                 link.send("pong", number)
             case _:
@@ -190,7 +191,7 @@ class Lockd:
         log.info("lost session %d (%s, process %d): %s", state.number, state.label, state.pid, reason)
         state.lost_s = self._clock.monotonic_s()
         self._replica.session_lost(state.number)
-        self._spawn(self._end(state))
+        self._tasks.spawn(self._end(state))
 
     # --- a session's witnesses and end
 
@@ -320,19 +321,6 @@ class Lockd:
                 for state in self._sessions.values()
             ],
         }
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-
-    def _done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            # crash-only: the group proves this life's end and a new one begins
-            asyncio.get_running_loop().call_exception_handler(
-                {"message": "a task failed", "exception": task.exception()}
-            )
 
 
 def main() -> None:
