@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from clustermd.cli.grammar import Action, Command, UsageError, parse, parse_size
+from clustermd.cli.command import Action, Command, UsageError, parse_size
+from clustermd.cli.grammar import parse
 from clustermd.cli.options import Mode
 
 C, A, MISC = Mode.CREATE, Mode.ASSEMBLE, Mode.MISC

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from clustermd.cli.grammar import UsageError
+from clustermd.cli.command import UsageError
 from clustermd.cli.locks import locks_text, run
 
 ONE = {"node": 1, "name": "node1", "label": "array md0", "pid": 11, "zombie": False}

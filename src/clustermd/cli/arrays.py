@@ -9,7 +9,7 @@ from typing import Any
 
 from clustermd.array.status import ArrayStatus
 from clustermd.cli import detail as page
-from clustermd.cli.grammar import Command
+from clustermd.cli.command import Command
 from clustermd.cli.output import PROGRAM, say, show, show_json
 from clustermd.errors import Refused
 from clustermd.node.config import array_name, device_name

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from clustermd.array.status import ArrayStatus
+from clustermd.cli.command import Command
 from clustermd.cli.detail import array_json
-from clustermd.cli.grammar import Command
 from clustermd.cli.output import say, show_json, show_refusal
 from clustermd.cli.start import start
 from clustermd.cli.units import uuid_text

@@ -15,9 +15,9 @@ import sys
 import time
 from collections.abc import Sequence
 
+from clustermd.cli.command import Command
 from clustermd.cli.contents import contents, old_superblock_at
 from clustermd.cli.detail import array_json
-from clustermd.cli.grammar import Command
 from clustermd.cli.output import say, show_json
 from clustermd.cli.start import start
 from clustermd.device.direct import DirectDevice, open_member

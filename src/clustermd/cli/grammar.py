@@ -11,11 +11,9 @@ Whether devices exist or levels are offered is not decided here.
 
 from __future__ import annotations
 
-import enum
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
+from clustermd.cli.command import Action, Command, UsageError, parse_size, parse_uuid
 from clustermd.cli.options import (
     ACTION_OPTIONS,
     MANAGE_OPTIONS,
@@ -28,7 +26,6 @@ from clustermd.cli.options import (
     by_letter,
     by_name,
 )
-from clustermd.errors import Refused
 
 VERBS = ("demo", "locks")
 """Our own verbs: the first word, and the rest is theirs."""
@@ -53,74 +50,6 @@ _LEVELS = {
 }
 _METADATA = {"1": "1.2", "1.0": "1.0", "1.1": "1.1", "1.2": "1.2", "default": "1.2"}
 _NAME_MAX = 32
-_UNIT_SECTORS = {"K": 2, "M": 2 << 10, "G": 2 << 20, "T": 2 << 30, "s": 1}
-
-
-class UsageError(Refused):
-    """The command line cannot be understood. Exit status 2. With `data["usage"]` getopt's hint follows."""
-
-    def __init__(self, message: str, code: str = "usage", usage: bool = False) -> None:
-        super().__init__(code, message, usage=usage)
-
-
-class Action(enum.Enum):
-    """What misc mode does with its devices."""
-
-    DETAIL = "detail"
-    EXAMINE = "examine"
-    EXAMINE_BITMAP = "examine-bitmap"
-    QUERY = "query"
-    STOP = "stop"
-    WAIT = "wait"
-    ZERO_SUPERBLOCK = "zero-superblock"
-
-
-@dataclass(slots=True)
-class Command:
-    """A parsed command line. Options not given are None, False or empty.
-
-    `devices` are all words that are no options, in their order. Sizes are sectors of 512 bytes;
-    `size_sectors` is 0 for `max`. `verb` is set for our own verbs; `devices` are then its words, unread.
-    """
-
-    mode: Mode | None = None
-    action: Action | None = None
-    verb: str | None = None
-    devices: list[str] = field(default_factory=list)
-
-    level: int | None = None
-    layout: str | None = None
-    raid_devices: int | None = None
-    spare_devices: int | None = None
-    size_sectors: int | None = None
-    chunk_sectors: int | None = None
-    data_offset_sectors: int | None = None
-    metadata: str | None = None
-    bitmap: str | None = None
-    bitmap_chunk_bytes: int | None = None
-    delay_s: int | None = None
-    nodes: int | None = None
-    home_cluster: str | None = None
-    homehost: str | None = None
-    name: str | None = None
-    uuid: bytes | None = None
-    config: str | None = None
-    prefer: str | None = None
-
-    assume_clean: bool = False
-    brief: bool = False
-    export: bool = False
-    force: bool = False
-    help: bool = False
-    help_options: bool = False
-    json: bool = False
-    quiet: bool = False
-    readonly: bool = False
-    run: bool = False
-    scan: bool = False
-    test: bool = False
-    verbose: int = 0
-    version: bool = False
 
 
 def parse(words: Sequence[str]) -> Command:
@@ -131,22 +60,6 @@ def parse(words: Sequence[str]) -> Command:
     parser.read(words)
     parser.check()
     return parser.command
-
-
-def parse_uuid(text: str) -> bytes:
-    """16 bytes from 32 hexadecimal digits with ':', '.', '-' or blanks between. Raises UsageError."""
-    digits = re.sub(r"[:.\- ]", "", text)
-    if not re.fullmatch(r"[0-9a-fA-F]{32}", digits):
-        raise UsageError(f"Bad uuid: {text}")
-    return bytes.fromhex(digits)
-
-
-def parse_size(text: str) -> int | None:
-    """Sectors from a number of KiB, or with a suffix K, M, G, T (or s for sectors). None for other text."""
-    match = re.fullmatch(r"(\d{1,18})([KMGTs]?)", text)
-    if not match:
-        return None
-    return int(match[1]) * _UNIT_SECTORS[match[2] or "K"]
 
 
 class _Parser:

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from clustermd.cli.grammar import UsageError
+from clustermd.cli.command import UsageError
 from clustermd.cli.output import show, show_json
 from clustermd.dlm.modes import Mode, compatible
 from clustermd.errors import Refused

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 
 from clustermd import __version__
 from clustermd.cli import arrays, assemble, create, members
-from clustermd.cli.grammar import Action, Command, UsageError, parse
+from clustermd.cli.command import Action, Command, UsageError
+from clustermd.cli.grammar import parse
 from clustermd.cli.help import help_text, options_text
 from clustermd.cli.options import Mode
 from clustermd.cli.output import PROGRAM, say, show, show_refusal

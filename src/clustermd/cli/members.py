@@ -12,9 +12,9 @@ from typing import Any
 
 from clustermd.cli import examine as member_page
 from clustermd.cli.arrays import query_text
+from clustermd.cli.command import Command
 from clustermd.cli.create import wipe
 from clustermd.cli.examine_bitmap import examine_bitmap_text, read_areas, unwritten_slots
-from clustermd.cli.grammar import Command
 from clustermd.cli.output import PROGRAM, say, show, show_json
 from clustermd.cli.units import uuid_text
 from clustermd.device.in_use import in_use_by_kernel
