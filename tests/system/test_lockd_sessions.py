@@ -192,6 +192,8 @@ def test_locks_of_two_nodes_and_a_clean_end_of_everything(cluster: Cluster) -> N
     wait_for(lambda: cluster.log("n2").rstrip().endswith("] ended"), lambda: cluster.log("n2"))
     one.say("goodbye")
     one.wait(lambda e: e == ["bye"], "end")
+    wait_for(lambda: cluster.machine.log().rstrip().endswith("] ended"), cluster.machine.log)
+    assert not [path for path in cluster.machine.root.rglob("*") if path.is_socket()], "no socket is left"
 
 
 def test_a_killed_session_keeps_its_locks_until_its_disk_is_free(cluster: Cluster) -> None:

@@ -205,3 +205,9 @@ async def serve_links(
     server = await loop.create_unix_server(lambda: FrameLink(on_frame, on_lost, on_made), text, backlog=128)
     os.chmod(text, 0o600)
     return server
+
+
+def stop_serving(server: asyncio.AbstractServer, path: Path) -> None:
+    """Listen no more and leave no socket behind. The caller still holds the daemon's file lock."""
+    server.close()
+    path.unlink(missing_ok=True)

@@ -26,7 +26,7 @@ from clustermd.clock import Clock, SystemClock
 from clustermd.errors import BadBytes, Refused
 from clustermd.group.daemon import run_daemon
 from clustermd.group.endings import Ending, Endings
-from clustermd.group.frames import Frame, FrameLink, bad_frame, encode, serve_links
+from clustermd.group.frames import Frame, FrameLink, bad_frame, encode, serve_links, stop_serving
 from clustermd.group.incarnations import Incarnation, Incarnations, Nodes
 from clustermd.group.liveness import Bounds, PeerWatch
 from clustermd.group.order import Event, Order
@@ -85,7 +85,7 @@ class Sequencer:
             ready()
             await self._tick_until(stop)
         finally:
-            server.close()
+            stop_serving(server, socket_path)
             for client in list(self._clients.values()):
                 client.link.close()
             self._tasks.cancel()

@@ -23,7 +23,7 @@ from clustermd.clock import Clock, SystemClock, SystemRandom
 from clustermd.dlm.replica import Replica
 from clustermd.errors import Refused
 from clustermd.group.daemon import run_daemon
-from clustermd.group.frames import Frame, FrameLink, bad_frame, serve_links
+from clustermd.group.frames import Frame, FrameLink, bad_frame, serve_links, stop_serving
 from clustermd.group.liveness import Bounds, PeerWatch
 from clustermd.group.local import LocalGroup
 from clustermd.group.process import kill, start_time
@@ -63,7 +63,7 @@ class Lockd:
         log.info("node %d, incarnation %016x", self._group.me.node, self._group.me.incarnation)
         ready()
         await self._tick_until(lambda: stop.is_set() or self._idle_s >= self._bounds.linger_s, stop)
-        server.close()
+        stop_serving(server, self._rundir.lockd_socket)
         for link in list(self._links):
             link.fail("this node's lockd was told to end")
         await self._tick_until(lambda: not self._sessions, None)
