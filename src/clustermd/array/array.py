@@ -372,6 +372,7 @@ class Array:
         state.gate.shut(reason)
         state.held = reason
         state.log.warning("%s: I/O is held until this node has joined again", reason)
+        state.trace.point("array.lost", slot=state.slot)
         self._lost.set()
         self.changed()
 
