@@ -212,6 +212,14 @@ def test_a_takeover_that_a_leaver_did_not_finish_is_announced_to_the_others() ->
     assert who(story.leave(B), C) == ["prep", "slot 1", "done [3] ours 3"]
 
 
+def test_who_comes_back_is_told_again_of_takeovers_it_has_forgotten() -> None:
+    story = Story(A, B, C)
+    story.end(A)
+    story.leave(B)
+    story.join(B)
+    assert who(story.leave(C), B) == ["prep", "slot 1", "done [2] ours 2"]
+
+
 def test_unfinished_takeovers_end_when_nobody_is_left_to_finish_them() -> None:
     story = Story(A, B)
     story.end(A)

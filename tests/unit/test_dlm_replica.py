@@ -231,6 +231,17 @@ def test_a_proof_for_another_life_of_the_node_purges_nothing() -> None:
     cluster.check_quiet()
 
 
+def test_a_proof_for_a_member_that_lives_purges_nothing() -> None:
+    cluster = Cluster(2)
+    a, b = joined(cluster, 1, 2)
+    request(a, Mode.EX)
+    cluster.settle()
+    cluster.group.order.append(lambda events: events.on_fenced(a.node.member, "a mistake"))
+    cluster.settle()
+    assert holders(b.node) == [("node1", "EX", False)]
+    cluster.check_quiet()
+
+
 def test_a_clean_leaver_is_no_zombie() -> None:
     cluster = Cluster(2)
     a, b = joined(cluster, 1, 2)
@@ -326,6 +337,21 @@ def test_a_state_that_the_cluster_left_behind_must_start_anew() -> None:
     op = request(b, Mode.EX)
     cluster.settle()
     assert shown(b, op)
+
+
+def test_a_history_that_is_no_part_of_the_others_starts_anew() -> None:
+    cluster = Cluster(2)
+    a, b = joined(cluster, 1, 2)
+    group = cluster.group
+    request(a, Mode.EX)
+    group.accept(a.node.member)
+    group.deliver(a.node.member)
+    group.break_sequencer()
+    b.node.machine.chain = bytes(16)
+    group.view()
+    cluster.settle()
+    assert "not a part of the one" in b.node.restart
+    assert not a.node.restart
 
 
 def test_a_differing_state_is_found_and_starts_anew() -> None:
