@@ -6,9 +6,9 @@ from typing import Any
 
 from dlm_cluster import Client, Cluster, Node
 
+from clustermd.dlm.agreement import ACK_EVERY
 from clustermd.dlm.messages import CONFIG
 from clustermd.dlm.modes import Flag, Mode
-from clustermd.dlm.replica import ACK_EVERY
 from clustermd.group.process_group import Left
 
 SPACE = "array"

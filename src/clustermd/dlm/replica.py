@@ -26,22 +26,20 @@ from __future__ import annotations
 
 import enum
 from collections import deque
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from clustermd.dlm import report
+from clustermd.dlm.agreement import ACK_EVERY, DIGEST_EVERY, Agreement
 from clustermd.dlm.effects import Cast, Effect, RecoverDone, RecoverSlot
 from clustermd.dlm.install import Install, plan_install
 from clustermd.dlm.machine import Machine, NodeKey, chain_after
 from clustermd.dlm.messages import CONFIG, Start, decode, in_parts
+from clustermd.dlm.outbox import Outbox
+from clustermd.dlm.shown import AT_ONCE, NOT_YET, Shown
 from clustermd.dlm.wire import Frame, check_client_frame, effect_frame, frame_op, pack, unpack
 from clustermd.errors import BadBytes, Refused
 from clustermd.group.process_group import Busy, Left, Member, ProcessGroup, View
 from clustermd.trace import Trace
-
-ACK_EVERY = 128
-DIGEST_EVERY = 1024
-OPS_OVERHEAD_BYTES = 64
 
 
 class ReplicaShell(Protocol):
@@ -65,17 +63,6 @@ class Phase(enum.Enum):
     OVER = "over"
 
 
-@dataclass(slots=True)
-class _Client:
-    """A local session. `shown_after` of a queued frame is the message index that must be stable first."""
-
-    open: bool = True
-    queue: deque[tuple[int, Frame]] = field(default_factory=deque)
-
-
-_NOT_YET = 1 << 62  # the install will say which message makes these stable
-
-
 class Replica:
     """See the module. Methods are synchronous and never block; events of the group must not be called within them."""
 
@@ -97,15 +84,11 @@ class Replica:
         self._fenced: dict[NodeKey, str] = {}
         self._unfenced: set[NodeKey] = set()
         self._index = 0
-        self._stable = -1
-        self._acks: dict[NodeKey, int] = {}
+        self._agreement = Agreement()
         self._acked = 0
-        self._digests: dict[int, dict[NodeKey, bytes]] = {}
-        self._clients: dict[int, _Client] = {}
+        self._clients = Shown(shell.to_session)
         self._next_session = 1
-        self._next_op = 1
-        self._outbox: deque[tuple[int, Frame]] = deque()
-        self._sent_op = 0
+        self._outbox = Outbox()
         self._to_send: deque[bytes] = deque()
 
     # ---- for the daemon
@@ -123,16 +106,15 @@ class Replica:
         """A new client, `label` and `pid` for people. Returns its number, by which the shell knows it."""
         number = self._next_session
         self._next_session += 1
-        self._clients[number] = _Client()
+        self._clients.open(number)
         self._submit([number, "open", label, pid])
         return number
 
     def session_frame(self, session: int, frame: Frame) -> None:
         """A frame from that client. A malformed one is answered "refused" and goes no further."""
-        client = self._clients.get(session)
         try:
             check_client_frame(frame)
-            if client is None or not client.open:
+            if not self._clients.listens(session):
                 raise Refused("no-session", "this lock session has ended; connect again")
         except Refused as refusal:
             answer = ["refused", frame_op(frame), refusal.code, refusal.message, refusal.data]
@@ -142,15 +124,13 @@ class Replica:
 
     def session_lost(self, session: int) -> None:
         """The client's socket ended; its I/O may be in flight. It keeps its granted locks until `session_end`."""
-        client = self._clients.get(session)
-        if client is not None and client.open:
-            client.open = False
-            client.queue.clear()
+        if self._clients.listens(session):
+            self._clients.lost(session)
             self._submit([session, "lost"])
 
     def session_end(self, session: int, proof: str, clean: bool) -> None:
         """The client is proved dead, or said goodbye (`clean`): what it holds is purged."""
-        if self._clients.pop(session, None) is not None:
+        if self._clients.close(session):
             self._submit([session, "end", proof, clean])
 
     def status(self) -> dict[str, Any]:
@@ -181,11 +161,8 @@ class Replica:
         self._held = []
         self._install = None
         self._parts = {}
-        self._digests = {}
         self._to_send.clear()
-        self._stable = -1
-        for client in self._clients.values():
-            client.queue = deque((_NOT_YET, frame) for _, frame in client.queue)
+        self._clients.new_ring()
         if view.quorate and self._me in map(_key, view.members):
             self._phase = Phase.STARTING
             self._trace.point("dlm.start", ring=view.ring, applied=self._machine.applied)
@@ -212,20 +189,17 @@ class Replica:
             case ["start", config, ring, start]:
                 self._on_start(key, config, tuple(ring), start)
             case ["ops", applied, first, ops]:
-                self._acks[key] = max(self._acks.get(key, 0), applied)
+                self._agreement.told(key, applied)
                 self._entry(pack(["ops", *key, first, ops]))
             case ["ack", applied, digest_at, digest]:
-                self._acks[key] = max(self._acks.get(key, 0), applied)
-                self._trim()
-                self._compare(key, digest_at, digest)
+                self._agreement.told(key, applied)
+                self._on_ack(key, digest_at, digest)
             case [word, ring, number, count, data]:
                 self._on_part(word, key, tuple(ring), number, count, data)
         self._flush()
 
     def on_stable(self, index: int) -> None:
-        self._stable = max(self._stable, index)
-        for number in sorted(self._clients):
-            self._show(number)
+        self._clients.stable(index)
 
     def on_fenced(self, member: Member, proof: str) -> None:
         if self._phase is Phase.OVER:
@@ -282,7 +256,7 @@ class Replica:
             self._end(reason)
             return
         self._trace.point("dlm.install", epoch=plan.epoch, members=plan.members, authority=plan.authority)
-        self._acks = dict(plan.applied)
+        self._agreement.begin(plan.applied)
         self._install = plan
         if self._me in plan.current:
             tail = self._tail_for(plan) if plan.sender == self._me else b""
@@ -326,15 +300,9 @@ class Replica:
         self._resume()
 
     def _resume(self) -> None:
-        for client in self._clients.values():
-            client.queue = deque(
-                (self._index if after == _NOT_YET else after, frame) for after, frame in client.queue
-            )
         state = self._machine.nodes.get(self._me)
-        self._sent_op = state.last_op if state is not None else 0
-        self._drop_applied(self._sent_op)
-        for number in sorted(self._clients):
-            self._show(number)
+        self._outbox.send_again_after(state.last_op if state is not None else 0)
+        self._clients.installed(self._index)
         if self._suspended:
             self._suspended = ""
             self._shell.resumed()
@@ -408,7 +376,7 @@ class Replica:
             self._emit(effect)
         state = machine.nodes.get(self._me)
         if state is not None:
-            self._drop_applied(state.last_op)
+            self._outbox.applied(state.last_op)
         if machine.applied % DIGEST_EVERY == 0:
             self._say_ack(machine.applied, machine.digest())
         elif machine.applied - self._acked >= ACK_EVERY:
@@ -418,21 +386,9 @@ class Replica:
         node, incarnation, number = effect.session
         if (node, incarnation) != self._me:
             return
-        client = self._clients.get(number)
-        if client is None or not client.open:
-            return
         rises = isinstance(effect, (RecoverSlot, RecoverDone)) or (isinstance(effect, Cast) and effect.rising)
-        after = (self._index if self._phase is Phase.LIVE else _NOT_YET) if rises else -1
-        client.queue.append((after, effect_frame(effect)))
-        self._show(number)
-
-    def _show(self, number: int) -> None:
-        """Hand a client what it may see; what follows an unstable grant waits with it, in order."""
-        client = self._clients.get(number)
-        while client is not None and client.queue and client.queue[0][0] <= self._stable:
-            _, frame = client.queue.popleft()
-            self._shell.to_session(number, frame)
-            client = self._clients.get(number)
+        after = AT_ONCE if not rises else self._index if self._phase is Phase.LIVE else NOT_YET
+        self._clients.put(number, after, effect_frame(effect))
 
     # ---- agreement
 
@@ -440,43 +396,19 @@ class Replica:
         self._acked = self._machine.applied
         self._to_send.append(pack(["ack", self._machine.applied, digest_at, digest]))
 
-    def _trim(self) -> None:
-        """Forget what every member has."""
-        if self._phase is Phase.LIVE:
-            self._machine.trim(min(self._acks.get(key, 0) for key in self._machine.members))
-
-    def _compare(self, key: NodeKey, digest_at: int, digest: bytes) -> None:
-        """All members tell a digest of their state at the same places; who differs from most starts anew."""
-        if not digest_at or self._phase is not Phase.LIVE:
+    def _on_ack(self, key: NodeKey, digest_at: int, digest: bytes) -> None:
+        if self._phase is not Phase.LIVE:
             return
-        told = self._digests.setdefault(digest_at, {})
-        told[key] = digest
         members = self._machine.members
-        if any(member not in told for member in members):
-            return
-        del self._digests[digest_at]
-        # most members, and among as many the one with the lowest number, are right
-        right = max(
-            (told[member] for member in members),
-            key=lambda value: (
-                sum(other == value for other in told.values()),
-                -min(member[0] for member in members if told[member] == value),
-            ),
-        )
-        if told.get(self._me, right) != right:
+        self._machine.trim(self._agreement.everybody_has(members))
+        if digest_at and self._me in self._agreement.digest(key, digest_at, digest, members):
             self._end(f"the lock state of this node differs from that of the others after {digest_at} inputs")
 
     # ---- sending
 
     def _submit(self, op: Frame) -> None:
-        self._outbox.append((self._next_op, op))
-        self._next_op += 1
+        self._outbox.add(op)
         self._flush()
-
-    def _drop_applied(self, last_op: int) -> None:
-        while self._outbox and self._outbox[0][0] <= last_op:
-            self._outbox.popleft()
-        self._sent_op = max(self._sent_op, last_op)
 
     def _flush(self) -> None:
         """Send what waits. A busy group is asked again at the next delivery, a lost one after the next install."""
@@ -488,29 +420,15 @@ class Replica:
                 group.multicast(self._to_send[0])
                 self._to_send.popleft()
             while self._phase is Phase.LIVE:
-                ops = self._next_batch(group.max_payload)
+                first, ops = self._outbox.next_batch(group.max_payload)
                 if not ops:
                     return
-                first = ops[0][0]
-                payload = pack(["ops", self._machine.applied, first, [op for _, op in ops]])
-                group.multicast(payload)
-                self._sent_op = ops[-1][0]
+                group.multicast(pack(["ops", self._machine.applied, first, ops]))
+                self._outbox.sent = first + len(ops) - 1
         except Busy:
             return
         except Refused as error:
             self._trace.point("dlm.not_sent", why=error.message)
-
-    def _next_batch(self, max_payload: int) -> list[tuple[int, Frame]]:
-        batch: list[tuple[int, Frame]] = []
-        size = OPS_OVERHEAD_BYTES
-        for number, op in self._outbox:
-            if number <= self._sent_op:
-                continue
-            size += len(pack(op))
-            if batch and size > max_payload:
-                break
-            batch.append((number, op))
-        return batch
 
 
 def _key(member: Member) -> NodeKey:
