@@ -238,6 +238,14 @@ def test_a_name_runs_once(cluster: LocalCluster, disks: list[str]) -> None:
     assert "already running" in run(cluster, "-A", "md0", *disks[:2]).err
 
 
+def test_a_second_array_on_disks_in_use_is_refused_at_once(cluster: LocalCluster, disks: list[str]) -> None:
+    ok(run(cluster, *NEW, "-bclustered", *disks[:2]))
+    refused = run(cluster, "-A", "md1", *disks[:2])
+    assert refused.status == 1
+    assert "is in use by md0 on this node" in refused.err
+    ok(run(cluster, "-S", "md0"))
+
+
 def test_stop_is_refused_while_a_client_is_connected(cluster: LocalCluster, disks: list[str]) -> None:
     ok(run(cluster, *NEW, "-binternal", *disks[:2]))
     with NbdClient(f"{cluster.run_directory}/node1/md0/nbd.sock") as client:

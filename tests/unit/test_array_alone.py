@@ -169,7 +169,7 @@ def test_trim_and_zeroes_leave_zeroes_everywhere(tmp_path: Path) -> None:
     paths = make_images(tmp_path)
 
     async def story() -> None:
-        async with running(paths) as (array, client):
+        async with running(paths) as (_array, client):
             await client.write(0, b"x" * (4 << 20))
             await client.do(Kind.TRIM, 0, 1 << 20)
             await client.do(Kind.WRITE_ZEROES, 1 << 20, 1 << 20)

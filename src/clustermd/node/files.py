@@ -192,6 +192,18 @@ def running_arrays(rundir: RunDir) -> list[str]:
     return [str(entry["name"]) for entry in entries]
 
 
+def array_using(rundir: RunDir, path: str) -> str | None:
+    """The name of an array this node runs on the disk or file `path`, or None."""
+    for entry in _entries(rundir):
+        for member in ArrayStatus.from_wire(entry["status"]).members:
+            try:
+                if os.path.samefile(member.path, path):
+                    return str(entry["name"])
+            except OSError:
+                continue  # a disk that is gone is not this one
+    return None
+
+
 def publish(rundir: RunDir, status: ArrayStatus) -> None:
     """Say in `status.json` what this process's array looks like."""
     files = ArrayFiles.of(rundir, status.name)

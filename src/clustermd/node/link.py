@@ -19,7 +19,7 @@ from clustermd.dlm.lockspace import Lockspace, LockspaceEvents
 from clustermd.errors import DeviceRefused, Refused
 from clustermd.group.process_group import Witness
 from clustermd.lockd.client import LockdConnection, connect
-from clustermd.node.files import process_started
+from clustermd.node.files import array_using, process_started
 from clustermd.rundir import RunDir
 
 SAY_S = 2.0
@@ -41,8 +41,10 @@ class LockdLink:
         devices: Sequence[DirectDevice],
         shared: Callable[[], list[DirectDevice]],
         submitter: Submitter,
+        rundir: RunDir,
     ) -> None:
         self._connection = connection
+        self._rundir = rundir
         self._devices = devices
         self._submitter = submitter
         self._shared = shared
@@ -105,6 +107,14 @@ class LockdLink:
             loop = asyncio.get_running_loop()
             say_s = loop.time() + SAY_S
             while not witness.hold(device.fd, self.offset):
+                other = array_using(self._rundir, device.path)
+                if other is not None and other != array:
+                    raise DeviceRefused(
+                        "device-busy",
+                        f"{device.path} is in use by {other} on this node: stop that array first",
+                        path=device.path,
+                        array=other,
+                    )
                 # The kernel tells nobody when the last request of a dead process has landed.
                 if loop.time() >= say_s:
                     notice(f"waiting for the last requests of a former process of this node on {device.path}")
@@ -135,7 +145,7 @@ async def connect_link(
             if refusal.code != "group-not-ready":
                 raise
             notice(refusal.message)
-    link = LockdLink(connection, devices, shared, submitter)
+    link = LockdLink(connection, devices, shared, submitter, rundir)
     try:
         await link.take_witness(array, notice)
     except BaseException:
