@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
+
+from faulty_submitter import FaultySubmitter
 
 from clustermd.array.array import Array
 from clustermd.array.assemble import load_members
@@ -176,9 +179,13 @@ async def running(
     trace: Trace | None = None,
     device_timeout_s: int = 30,
     stop: bool = True,
+    faulty: bool = False,
+    **options: Any,
 ) -> AsyncIterator[tuple[Array, Client]]:
-    """A started array and a client; stopped in the end."""
-    submitter = make_submitter()
+    """A started array and a client; stopped in the end. `faulty`: over a `FaultySubmitter` (`disks_of`)."""
+    submitter: Any = make_submitter()
+    if faulty:
+        submitter = FaultySubmitter(submitter)
     assembly = await load_members(
         [str(path) for path in paths],
         opener or (lambda path: open_member(path, read_only=read_only, clustered=False, exclusive=False)),
@@ -194,10 +201,56 @@ async def running(
         read_only=read_only,
         allow_degraded=allow_degraded,
         device_timeout_s=device_timeout_s,
+        **options,
     )
     try:
         await array.start()
         yield array, Client(array)
-    finally:
         if stop:
-            await array.stop()
+            await asyncio.wait_for(array.stop(), 20)
+    except BaseException:
+        if stop:
+            await abandon(array)
+        raise
+
+
+def disks_of(array: Array) -> FaultySubmitter:
+    """The faulty submitter of an array."""
+    submitter = array.state.submitter
+    assert isinstance(submitter, FaultySubmitter)
+    return submitter
+
+
+def tasks_of(array: Array) -> set[asyncio.Task[Any]]:
+    """The tasks of an array, as far as it knows them."""
+    tasks: set[Any] = set(array._tasks) | array.state.tasks
+    tasks |= {array.resync._task, array.repair._task, array.faults._task, array._activating}
+    life = getattr(array.coordinator, "_life", None)
+    if life is not None:
+        tasks |= set(life._tasks.values()) | {life.channel._task}
+    return {task for task in tasks if task is not None}
+
+
+async def abandon(array: Array) -> None:
+    """End an array as a crash would: nothing more is submitted, what is in flight lands or fails."""
+    array.state.gate.shut("abandoned by the test")
+    if isinstance(array.state.submitter, FaultySubmitter):
+        array.state.submitter.well()
+        array.state.submitter.release(error=5)
+    await array.state.submitter.drained()
+    for task in tasks_of(array):
+        task.cancel()
+
+
+def run(story: Coroutine[Any, Any, None], limit_s: float = 30) -> None:
+    """Run a test's story; longer than `limit_s` is a failure."""
+    asyncio.run(asyncio.wait_for(story, limit_s))
+
+
+async def until(what: Callable[[], object], limit_s: float = 10) -> None:
+    """Wait until `what()` is true. For states that give no event; a test says in an assertion what it means."""
+    loop = asyncio.get_running_loop()
+    end_s = loop.time() + limit_s
+    while not what():
+        assert loop.time() < end_s, "it never came to that"
+        await asyncio.sleep(0.002)

@@ -8,12 +8,13 @@ group is lost, and `fence` says when that is certain.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from array_kit import Client
+from array_kit import Client, abandon, tasks_of
+from faulty_submitter import FaultySubmitter
 from memory_group import MemoryGroup, Port, newcomer_reads_from_here
 
 from clustermd.array.array import Array
@@ -28,6 +29,10 @@ from clustermd.dlm.session import Session
 from clustermd.trace import Trace
 
 
+class Crashed(asyncio.CancelledError):
+    """Raised out of a trace point: the task that passed it goes no further."""
+
+
 class NodeLink:
     """A Link over a session of the node's replica."""
 
@@ -38,6 +43,8 @@ class NodeLink:
         node.sessions[self._number] = self.session
 
     def _send(self, frame: list[Any]) -> None:
+        if not self._node.alive:
+            return
         self._node.replica.session_frame(self._number, frame)
         self._node.cluster.pump_soon()
 
@@ -88,7 +95,9 @@ class Node:
         return NodeLink(self)
 
     async def assemble(self, paths: list[Path], **options: Any) -> None:
-        submitter = make_submitter(pool_bytes=64 << 20)
+        submitter: Any = make_submitter(pool_bytes=64 << 20)
+        if self.cluster.faulty:
+            submitter = FaultySubmitter(submitter)
         assembly = await load_members(
             [str(path) for path in paths],
             lambda path: open_member(path, clustered=True, exclusive=False),
@@ -99,14 +108,58 @@ class Node:
         self.client = Client(self.array)
         await self.array.start()
 
+    @property
+    def disks(self) -> FaultySubmitter:
+        """The faulty submitter, in a cluster that has them."""
+        submitter = self.array.state.submitter
+        assert isinstance(submitter, FaultySubmitter)
+        return submitter
+
     def names(self) -> list[str]:
         return [name for name, _ in self.events]
+
+    def at(self, point: str, act: Callable[[dict[str, Any]], None], times: int = 1) -> None:
+        """Call `act(fields)` from within trace point `point`, the first `times` times."""
+        left = times
+
+        def listener(name: str, fields: dict[str, Any]) -> None:
+            nonlocal left
+            if name == point and left > 0 and self.alive:
+                left -= 1
+                act(fields)
+
+        self.trace.listen(listener)
+
+    def die_at(self, point: str) -> asyncio.Event:
+        """Crash in the next trace point of that name; the event says that it happened. `bury` it after that."""
+        dead = asyncio.Event()
+
+        def die(_: dict[str, Any]) -> None:
+            self.cluster.crash(self.number)
+            dead.set()
+            raise Crashed(point)
+
+        self.at(point, die)
+        return dead
+
+    def lose_session(self) -> int:
+        """The lock session is gone; `end_session` of the result tells all that nothing is in flight any more."""
+        number = max(self.sessions)
+        self.replica.session_lost(number)
+        self.sessions.pop(number).on_lost("the test says so")
+        self.cluster.pump_soon()
+        return number
+
+    def end_session(self, number: int) -> None:
+        self.replica.session_end(number, "drained", False)
+        self.cluster.pump_soon()
 
 
 class InProcessCluster:
     """The group and its nodes."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, faulty: bool = False) -> None:
+        self.faulty = faulty
         self.group = MemoryGroup()
         self.nodes: dict[int, Node] = {}
         self._incarnation = 100
@@ -132,44 +185,52 @@ class InProcessCluster:
 
     async def kill(self, number: int, *, fence: bool = True) -> Node:
         """The node submits nothing more, and the group loses it; what it has in flight lands first."""
+        node = self.crash(number)
+        await self.bury(node, fence=fence)
+        return node
+
+    def crash(self, number: int) -> Node:
+        """The node does nothing any more; nobody knows yet. Requests that a fault keeps stuck stay in flight."""
         node = self.nodes.pop(number)
         node.alive = False
         node.array.state.gate.shut("killed by the test")
-        await node.array.state.submitter.drained()
-        for task in asyncio.all_tasks():
-            if task is not asyncio.current_task() and task in node_tasks(node):
+        for task in tasks_of(node.array):
+            if task is not asyncio.current_task():
                 task.cancel()
+        return node
+
+    async def bury(self, node: Node, *, fence: bool = True) -> None:
+        """The group loses a crashed node once what it had in flight has landed."""
+        await node.array.state.submitter.drained()
         self.group.lose(node.port.me)
         if fence:
             self.group.fence(node.port.me)
         self.pump_soon()
-        return node
 
     def fence(self, node: Node) -> None:
         self.group.fence(node.port.me)
         self.pump_soon()
 
 
-def node_tasks(node: Node) -> set[asyncio.Task[Any]]:
-    """The tasks of a node's array, as far as it knows them."""
-    array = node.array
-    tasks: set[Any] = set(array._tasks) | array.state.tasks
-    tasks |= {array.resync._task, array.repair._task, array.faults._task}
-    life = array.coordinator._life  # type: ignore[attr-defined]
-    if life is not None:
-        tasks |= set(life._tasks.values()) | {life.channel._task}
-    return {task for task in tasks if task is not None}
-
-
 @asynccontextmanager
-async def cluster_of(count: int, paths: list[Path], **options: Any) -> AsyncIterator[InProcessCluster]:
-    """`count` nodes, numbered from 1, with the array assembled on each; stopped in the end."""
-    cluster = InProcessCluster()
+async def cluster_of(
+    count: int, paths: list[Path], *, faulty: bool = False, **options: Any
+) -> AsyncIterator[InProcessCluster]:
+    """`count` nodes, numbered from 1, with the array assembled on each; stopped in the end.
+
+    `faulty`: each node's disks are a `FaultySubmitter` (`Node.disks`). After a failure nodes are abandoned.
+    """
+    cluster = InProcessCluster(faulty=faulty)
     try:
         for number in range(1, count + 1):
             await asyncio.wait_for(cluster.add(number).assemble(paths, **options), 20)
         yield cluster
-    finally:
         for node in list(cluster.nodes.values()):
             if hasattr(node, "array"):
                 await asyncio.wait_for(node.array.stop(), 20)
+    except BaseException:
+        for node in list(cluster.nodes.values()):
+            node.alive = False
+            if hasattr(node, "array"):
+                await abandon(node.array)
+        raise
