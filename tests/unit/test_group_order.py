@@ -35,6 +35,14 @@ def test_views_name_who_came_and_who_went_and_why() -> None:
     assert not order.lost
 
 
+def test_a_newcomer_is_told_who_is_lost_and_not_proved_dead() -> None:
+    order, _ = started()
+    order.view(left=[(ONE, Left.LOST)])
+    assert view_from_event(order.join(THREE)).left == ((ONE, Left.LOST),)
+    order.fenced(ONE.incarnation, "seen dead")
+    assert view_from_event(order.join(Member(4, 44, "d"))).left == ()
+
+
 def test_a_message_sent_again_is_not_ordered_again_and_a_gap_is_refused() -> None:
     order, _ = started()
     assert order.message(11, 1, b"x") == ["message", 3, 1, 1, 11, 1, b"x"]

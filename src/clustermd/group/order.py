@@ -89,8 +89,8 @@ class Order:
         return order
 
     def join(self, member: Member) -> Event:
-        """A view with `member`."""
-        return self.view(joined=[member])
+        """A view with `member`. It repeats who is lost and not proved dead: a newcomer must wait for that too."""
+        return self.view(joined=[member], left=[(lost, Left.LOST) for lost in self.lost.values()])
 
     def view(self, joined: Iterable[Member] = (), left: Iterable[tuple[Member, Left]] = ()) -> Event:
         """The next membership; its ring begins a new life if it is this sequencer's first."""

@@ -37,6 +37,7 @@ class View:
     """A membership, valid from its place in the order.
 
     `ring` grows and is never used twice, compared as a whole. `members` is sorted by node number.
+    `left` names those lost and not yet fenced again whenever somebody joined, since a newcomer never heard of them.
     A view that is not quorate means: nobody may act; nothing delivered until the next quorate view counts.
     """
 
