@@ -273,7 +273,7 @@ class Array:
     async def _every_second(self) -> None:
         state = self.state
         while True:
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(state.tick_s)
             if state.held:
                 continue
             state.tick += 1

@@ -63,6 +63,7 @@ class Faults:
 
     async def _run(self) -> None:
         state = self.state
+        said = ""
         while state.unpublished:
             if state.held:
                 return  # goes on after joining again
@@ -71,7 +72,9 @@ class Faults:
             except ClusterLost:
                 return
             except (Refused, OSError) as error:
-                state.log.warning("a failed member cannot be recorded yet: %s", error)
+                if str(error) != said:
+                    said = str(error)
+                    state.log.warning("a failed member cannot be recorded yet: %s", error)
                 if not state.writable:
                     self._release(errno.EIO)
                 await asyncio.sleep(RETRY_S)

@@ -44,7 +44,7 @@ async def bounded(state: ArrayState, member: Member, work: Coroutine[object, obj
     cancelled = False
     while not task.done():
         try:
-            await asyncio.wait((task,), timeout=1.0)
+            await asyncio.wait((task,), timeout=state.tick_s)
         except asyncio.CancelledError:
             cancelled = True
         if state.tick - begin > state.device_timeout_s and not task.done():

@@ -81,6 +81,7 @@ class ArrayState:
         self.ranges = Ranges()
         self.counters = Counters()
         self.tick = 0  # seconds in which I/O was not held
+        self.tick_s = 1.0
         self.foreground = (
             0  # client requests since the start; a resync sees from it whether others want the disks
         )

@@ -31,6 +31,8 @@ from clustermd.trace import Trace
 
 RETRY_S = 0.5
 REQUEST_S = 1.0
+LEAVE_S = 20.0
+"""How long a stop tries to say goodbye; after that its end counts as a death."""
 
 
 class Link(Protocol):
@@ -71,11 +73,14 @@ class Cluster:
         life = self._life
         if life is None:
             return
-        try:
-            await life.leave(handover)
-        except (Refused, OSError) as error:
+        leaving = asyncio.get_running_loop().create_task(life.leave(handover))
+        await asyncio.wait((leaving,), timeout=LEAVE_S)
+        if not leaving.done():
+            life.log.warning("no goodbye within %.0f s: the others will take over what is left", LEAVE_S)
+        elif (error := leaving.exception()) is not None:
             life.log.warning("left without goodbye: %s", error)
         await self._end_life()
+        await asyncio.gather(leaving, return_exceptions=True)
 
     async def _end_life(self) -> None:
         life, self._life = self._life, None
@@ -138,6 +143,7 @@ class Life:
         self._joined = False
         self._over = False
         self._failed_since_prep = False
+        self._announced = False  # some node may be keeping out of a window of ours
 
     # --- join and leave -----------------------------------------------------------------------------
 
@@ -199,7 +205,7 @@ class Life:
         if handover and self.peers():
             await self.channel.send(Message(MessageType.BITMAP_NEEDS_SYNC, self.slot))
             self.trace.point("leave.announced", slot=self.slot)
-        elif self._own.block.hi:
+        elif self._announced:
             await self._finish()
         await self._stop_tasks()
         await self.channel.stop()
@@ -229,13 +235,16 @@ class Life:
             self._tasks[key] = asyncio.get_running_loop().create_task(self._insist(key, work))
 
     async def _insist(self, key: object, work: Callable[[], Awaitable[None]]) -> None:
+        said = ""
         while True:
             try:
                 await work()
             except ClusterLost:
                 return
             except (Refused, OSError) as error:
-                self.log.warning("%s will be tried again: %s", key, error)
+                if str(error) != said:
+                    said = str(error)
+                    self.log.warning("%s will be tried again: %s", key, error)
                 await asyncio.sleep(RETRY_S)
                 continue
             break
@@ -254,7 +263,7 @@ class Life:
                     yield
                 finally:
                     self._right_requested.clear()
-                    if self._own.block.hi and not self._stopping():
+                    if self._announced and not self._stopping():
                         await self._finish_surely()
             finally:
                 with suppress(ClusterLost):
@@ -266,12 +275,14 @@ class Life:
 
     async def announce(self, lo: int, hi: int) -> None:
         """The block first, the message second: who joins between the two reads the block (spec 5.7)."""
+        self._announced = True
         await self._own.set_window(lo, hi)
         await self.channel.send(Message(MessageType.RESYNCING, self.slot, lo, hi))
 
     async def _finish(self) -> None:
         await self._own.set_window(0, 0)
         await self.channel.send(Message(MessageType.RESYNCING, self.slot, 0, 0))
+        self._announced = False
         self.trace.point("resync.finished", slot=self.slot)
 
     async def _finish_surely(self) -> None:
@@ -326,7 +337,8 @@ class Life:
         return 0
 
     async def _reload_again(self) -> None:
-        await self.array.reload()
+        async with self.channel.receiving:  # not in the middle of an update of ours
+            await self.array.reload()
         self.array.resume()
 
     # --- recovery events (LockspaceEvents) ----------------------------------------------------------------
