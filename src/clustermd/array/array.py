@@ -104,6 +104,7 @@ class Array:
         self._activating: asyncio.Task[None] | None = None
         state.activate = self._activate
         state.clean = assembly.reference.resync_offset == MAX_SECTOR
+        state.active = not state.clean
         submitter.after_sweep(self.bitmap_writer.kick)
 
     # --- Volume -----------------------------------------------------------------------------------
@@ -188,6 +189,7 @@ class Array:
             self._check_members()
             if self.coordinator.clustered:
                 await self.metadata.update(self._mark_active)
+                state.active = True
             elif state.missing_numbers() or not state.events:
                 await self.metadata.update(self._mark_missing)  # the first start counts as an event
         self._living = True
@@ -242,10 +244,12 @@ class Array:
         def change() -> None:
             if not (clean and self.writer.in_flight):
                 state.clean = clean
+                state.active = False
 
         while not self._stopping or clean:
             try:
                 await self.metadata.update(change)
+                state.active = not state.clean
                 break
             except (Refused, OSError) as error:
                 state.log.warning("cannot be marked %s yet: %s", "clean" if clean else "active", error)

@@ -83,6 +83,7 @@ class BitmapWriter:
         self._waiting: list[Waiting] = []
         self._flushers: list[asyncio.Future[None]] = []
         self._batch: Batch | None = None
+        self._stalled = False  # the last batch failed: the next one starts when somebody waits for it
 
     def wait(self, write: Waiting) -> None:
         """`write` goes on after the next flush; the caller's batch ends with `kick`."""
@@ -93,9 +94,11 @@ class BitmapWriter:
         bitmap = self.state.bitmap
         if self._batch is not None or bitmap is None:
             return
+        awaited = bool(self._waiting or self._flushers)
         if bitmap.wants_flush:
-            self._start(bitmap.begin_flush())
-        elif self._waiting or self._flushers:
+            if awaited or not self._stalled:
+                self._start(bitmap.begin_flush())
+        elif awaited:
             self._start({})
 
     def _start(self, pages: dict[int, bytes]) -> None:
@@ -166,6 +169,7 @@ class BitmapWriter:
                 state.bitmap.end_flush()
                 state.trace.point("bitmap.stable", slot=state.slot)
         self._batch = None
+        self._stalled = bool(error)
         for write in batch.writing:
             write.bits_stable(error)
         for future in batch.flushing:

@@ -17,6 +17,8 @@ from clustermd.array.write import WriteOp, Writer
 from clustermd.errors import ClusterLost, Refused
 
 RETRY_S = 0.5
+LAST_ATTEMPTS = 3
+"""How often a stopping array tries to record a fault that others do not acknowledge."""
 
 
 class Faults:
@@ -28,9 +30,9 @@ class Faults:
         self.changed: Callable[[], None] = lambda: None
         self._publish = publish
         self._delayed: list[WriteOp] = []
+        self._waiting: list[asyncio.Future[int]] = []
         self._task: asyncio.Task[None] | None = None
-        self._published = asyncio.Event()
-        self._published.set()
+        self._over = False
 
     def fail(self, mask: int, why: str) -> bool:
         """Fail the members in `mask`, but never the last good one. True if all of them are faulty now."""
@@ -50,8 +52,7 @@ class Faults:
             state.refresh()
             state.log.error("%s: failed, %s", member.path, why)
             state.trace.point("member.failed", number=member.number, why=why)
-            state.unpublished = True
-            self._published.clear()
+            state.unpublished = not state.read_only
         if state.unpublished:
             self._start()
             self.changed()
@@ -63,27 +64,33 @@ class Faults:
 
     async def _run(self) -> None:
         state = self.state
+        attempts = 0
         said = ""
         while state.unpublished:
-            if state.held:
-                return  # goes on after joining again
+            if state.held and not state.stopping:
+                return  # goes on when I/O does
             try:
                 await self._publish()
             except ClusterLost:
+                if state.stopping:
+                    self._release(errno.ESHUTDOWN)
                 return
             except (Refused, OSError) as error:
                 if str(error) != said:
                     said = str(error)
                     state.log.warning("a failed member cannot be recorded yet: %s", error)
-                if not state.writable:
+                attempts += 1
+                if state.stopping and attempts >= LAST_ATTEMPTS:
                     self._release(errno.EIO)
+                    return
+                if isinstance(error, OSError) or error.code == "superblock-unwritable":
+                    self._release(errno.EIO)  # no disk is left that could take the record
                 await asyncio.sleep(RETRY_S)
                 continue
             if all(member.fault_recorded for member in state.members if member.faulty):
                 state.unpublished = False
                 state.trace.point("member.fault_recorded")
         self._release(0)
-        self._published.set()
 
     def settle(self, op: WriteOp) -> None:
         """A write that some member may lack: record the fault, then answer."""
@@ -96,42 +103,69 @@ class Faults:
         op.settling = True
         if op.failed:
             self.fail(op.failed, "a write failed")
-        if state.unpublished:
+        if not state.unpublished:
+            self._answer(op, self._verdict(op))
+        elif self._over:
+            writer.redo(op)
+        else:
             self._delayed.append(op)
-            return
-        writer.finish(op, self._verdict(op))
 
     def _verdict(self, op: WriteOp) -> int:
         """0 if some good member has the write and none that counts lacks it."""
         for member in self.state.in_sync:
             if not op.succeeded >> member.index & 1:
                 return errno.EIO
-        return 0 if self.state.in_sync else errno.EIO
+        if not self.state.in_sync:
+            return errno.EIO
+        return errno.EOPNOTSUPP if op.unsupported else 0
 
-    def _release(self, error: int) -> None:
+    def _answer(self, op: WriteOp, error: int) -> None:
         writer = self.writer
         assert writer is not None
+        torn = error not in (0, errno.EOPNOTSUPP) and op.succeeded
+        if torn:
+            self.state.the_bitmap().mark(op.chunks)  # some members have it and some do not
+        writer.finish(op, error)
+        if torn:
+            self.changed()
+
+    def _release(self, error: int) -> None:
         delayed, self._delayed = self._delayed, []
         for op in delayed:
-            writer.finish(op, error or self._verdict(op))
+            self._answer(op, error or self._verdict(op))
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            if not future.done():
+                future.set_result(error)
         self.state.submitter.submit()
 
     def shut(self) -> None:
         """Membership is gone: delayed writes start again in the next life."""
         writer = self.writer
         assert writer is not None
+        self._over = True
         delayed, self._delayed = self._delayed, []
         for op in delayed:
             writer.redo(op)
 
     def resume(self) -> None:
-        """A new life: faults that were not recorded are published again."""
+        """I/O goes on: faults that were not recorded are published again."""
+        self._over = False
         if self.state.unpublished:
             self._start()
 
-    async def recorded(self) -> None:
-        """Wait until no fault is unrecorded."""
-        await self._published.wait()
+    def close(self) -> None:
+        """The array is stopped: nobody waits for a record any more."""
+        self.shut()
+        self._release(errno.ESHUTDOWN)
+
+    async def recorded(self) -> int:
+        """Wait until no fault is unrecorded; 0, or an errno if that could not be done."""
+        if not self.state.unpublished:
+            return 0
+        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._waiting.append(future)
+        return await future
 
     async def stop(self) -> None:
         if self._task is not None:

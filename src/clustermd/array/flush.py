@@ -69,6 +69,5 @@ class FlushOp:
             self._request.owner.completed(self._request)
 
     async def _answer_later(self, error: int) -> None:
-        await self._faults.recorded()
-        self._request.error = error
+        self._request.error = await self._faults.recorded() or error
         self._request.owner.completed(self._request)

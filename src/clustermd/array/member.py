@@ -18,7 +18,10 @@ FAIL_FAST = 2
 
 
 class Member:
-    """A device with its superblock. `reads` are in flight there; `bad_blocks` are device sectors (start, count)."""
+    """A device with its superblock. `reads` are in flight there; `bad_blocks` are device sectors (start, count).
+
+    `read_errors` is the budget of those that may be repaired, `corrected_errors` counts repaired blocks for people.
+    """
 
     __slots__ = (
         "bad_blocks",
@@ -32,6 +35,8 @@ class Member:
         "index",
         "next_sector",
         "number",
+        "read_error_tick",
+        "read_errors",
         "reads",
         "recovery_offset",
         "role",
@@ -56,6 +61,8 @@ class Member:
         self.reads = 0
         self.next_sector = -1
         self.corrected_errors = 0
+        self.read_errors = 0
+        self.read_error_tick = 0
         self.stuck = 0
         self.why = ""
 

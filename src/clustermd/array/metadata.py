@@ -164,6 +164,7 @@ class Metadata:
         state = self.state
         while True:
             state.events += 1
+            recorded = [member for member in state.members if member.faulty]
             for member in state.members:
                 if member.number < len(state.roles):
                     state.roles[member.number] = self._role_value(member)
@@ -195,9 +196,8 @@ class Metadata:
                 raise Refused(
                     "superblock-unwritable", f"{state.name}: the last good member takes no superblock"
                 )
-        for member in state.members:
-            if member.faulty:
-                member.fault_recorded = True
+        for member in recorded:
+            member.fault_recorded = True
 
     def _role_value(self, member: Member) -> int:
         if member.faulty:

@@ -18,7 +18,9 @@ from clustermd.array.state import ArrayState
 from clustermd.device.member_device import Op
 from clustermd.errors import ClusterLost, Refused
 
-MAX_CORRECTED = 20
+MAX_READ_ERRORS = 20
+DECAY_TICKS = 3600
+"""Read errors count half after an hour without one (md-cluster spec 7.4)."""
 ALIGN_SECTORS = 8
 STEP_SECTORS = 2048
 
@@ -42,8 +44,11 @@ class Repair:
             return
         if member.bad_blocks and not member.good_for(lo, hi):
             return
-        if member.fail_fast or member.corrected_errors >= MAX_CORRECTED:
-            self._fail(1 << member.index, f"too many read errors ({member.corrected_errors} corrected)")
+        member.read_errors >>= (state.tick - member.read_error_tick) // DECAY_TICKS
+        member.read_error_tick = state.tick
+        member.read_errors += 1
+        if member.fail_fast or member.read_errors > MAX_READ_ERRORS:
+            self._fail(1 << member.index, f"too many read errors ({member.read_errors})")
             return
         if not any(m is member and a <= lo and b >= hi for m, a, b in self._queue):
             self._queue.append((member, lo, hi))

@@ -89,7 +89,9 @@ class ArrayState:
         self.settled = False
         self.unpublished = False
         self.degraded = 0
-        self.clean = True
+        self.clean = True  # what the superblocks are to say
+        self.active = False  # they say that the array is in use: writes may go
+        self.stopping = False
         self.writable: list[Member] = []
         self.in_sync: list[Member] = []
         self.parked: list[Request] = []

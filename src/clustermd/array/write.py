@@ -7,7 +7,8 @@ member makes it a matter of `faults`. A write is answered when every member has 
 the fault of those that miss it is recorded and acknowledged by all nodes (rule 17).
 
 A request that a member does not answer within `device_timeout_s` fails that member (rule 16): the client gets its
-answer, the buffer stays with the device until the request is gone.
+answer, the buffer stays with the device until the request is gone. The last good member is not failed, so there the
+range stays taken too: what lands late must not overtake a newer write.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class WriteOp:
         "expected",
         "failed",
         "hi",
+        "lingering",
         "lo",
+        "orphaned",
         "pending",
         "redo",
         "request",
@@ -60,6 +63,8 @@ class WriteOp:
         self.redo = False
         self.unsupported = False
         self.settling = False
+        self.orphaned = False
+        self.lingering = False
         self.waiters: list[Callable[[], None]] | None = None
 
     def io_done(self, tag: int, result: int) -> None:
@@ -104,7 +109,7 @@ class Writer:
         """Take one request, now or after what it must wait for. Queues; the caller kicks and submits."""
         state = self.state
         state.foreground += 1
-        if state.held or state.clean:
+        if state.held or not state.active:
             state.parked.append(request)
             if not state.held:
                 state.activate()
@@ -135,6 +140,7 @@ class Writer:
     def issue(self, op: WriteOp) -> None:
         """Send the data to every writable member."""
         state = self.state
+        op.tick = state.tick  # what its bits took is not these members' doing
         queue = state.submitter.queue
         request = op.request
         offset = request.offset_bytes
@@ -172,30 +178,38 @@ class Writer:
         """End the write: its bits may go in time, its range is free, the client has its answer."""
         state = self.state
         self.in_flight.discard(op)
-        state.the_bitmap().end_write(op.chunks, state.degraded > 0 or error not in (0, errno.EOPNOTSUPP))
         request = op.request
         if op.abandoned:
+            op.orphaned = True
             request.buffer = None
+            op.lingering = any(not member.faulty for member in state.member_of(op.abandoned))
+        if not op.lingering:
+            self._let_go(op, state.degraded > 0 or error not in (0, errno.EOPNOTSUPP))
         request.error = error
-        state.ranges.remove(op)
         request.owner.completed(request)
+
+    def _let_go(self, op: WriteOp, keep_bits: bool) -> None:
+        self.state.the_bitmap().end_write(op.chunks, keep_bits)
+        self.state.ranges.remove(op)
 
     def redo(self, op: WriteOp) -> None:
         """The gate shut before the write had reached every member: it starts again in the next life."""
-        state = self.state
         self.in_flight.discard(op)
-        state.the_bitmap().end_write(op.chunks, True)
-        state.ranges.remove(op)
-        state.parked.append(op.request)
+        self._let_go(op, True)
+        self.state.parked.append(op.request)
 
     def late(self, op: WriteOp, index: int) -> None:
         """A request that had been given up has ended after all."""
         op.abandoned &= ~(1 << index)
         self.state.members[index].stuck -= 1
-        if not op.abandoned and op.buffer is not None:
+        if op.abandoned or not op.orphaned:
+            return
+        if op.buffer is not None:
             buffer: Buffer = op.buffer
             op.buffer = None
             buffer.release()
+        if op.lingering:
+            self._let_go(op, True)
 
     def overdue(self, limit_ticks: int) -> int:
         """Give up what is older than `limit_ticks` seconds; the mask of members that have it."""

@@ -19,6 +19,19 @@ ZERO_PIECE_BYTES = 1 << 20
 PARALLEL = 4
 
 
+class Lent:
+    """The array's zeroes, lent to one piece: giving them back gives back nothing."""
+
+    __slots__ = ("address", "view")
+
+    def __init__(self, zeroes: Buffer) -> None:
+        self.view = zeroes.view
+        self.address = zeroes.address
+
+    def release(self) -> None:
+        return None
+
+
 class ZeroJob:
     """One TRIM or WRITE_ZEROES request: hands pieces to `start` and answers when all are done."""
 
@@ -39,7 +52,7 @@ class ZeroJob:
     ) -> None:
         self._request = request
         self._discard = discard
-        self._zeroes = zeroes
+        self._zeroes = Lent(zeroes)
         self._start = start
         self._position = request.offset_bytes
         self._end = request.offset_bytes + request.length_bytes
