@@ -33,7 +33,7 @@ from clustermd.array.sweep import Sweep
 from clustermd.array.write import WriteOp, Writer
 from clustermd.array.zero import ZERO_PIECE_BYTES, ZeroJob
 from clustermd.clock import Clock
-from clustermd.device.member_device import Buffer, BufferPool, Submitter
+from clustermd.device.member_device import Buffer, BufferPool, GateState, Submitter
 from clustermd.errors import ClusterLost, Refused
 from clustermd.ondisk.superblock import MAX_SECTOR, ROLE_FAULTY, ROLE_LIMIT
 from clustermd.trace import Trace
@@ -84,6 +84,7 @@ class Array:
         self.bitmap_writer = BitmapWriter(state, self.faults.fail)
         self.metadata = Metadata(state, coordinator, self.bitmap_writer, self.faults.fail)
         self.metadata.resync_position = self._resync_position
+        self.metadata.unrecorded = self.faults.publish_soon
         self.slots = Slots(state, self.bitmap_writer, assembly.template)
         self.writer = Writer(state, self.bitmap_writer, self.faults.settle)
         self.faults.writer = self.writer
@@ -98,8 +99,12 @@ class Array:
         self.stopped = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._lost = asyncio.Event()
+        self._no_contact = ""
+        self._in_doubt = ""
         self._living = False
         self._stopping = False
+        self._merging = asyncio.Lock()
+        self._merges = True
         self._zeroes: Buffer | None = None
         self._activating: asyncio.Task[None] | None = None
         state.activate = self._activate
@@ -169,9 +174,9 @@ class Array:
 
     async def start(self) -> None:
         """Begin to serve. Raises Refused or ClusterLost when that cannot be; `stop` then cleans up."""
-        await self._begin()
         loop = asyncio.get_running_loop()
         self._tasks.append(loop.create_task(self._every_second(), name="tick"))
+        await self._begin()
         if not self.state.read_only:
             self._tasks.append(loop.create_task(self._sweep(), name="sweep"))
         if self.coordinator.clustered:
@@ -193,10 +198,8 @@ class Array:
             elif state.missing_numbers() or not state.events:
                 await self.metadata.update(self._mark_missing)  # the first start counts as an event
         self._living = True
-        state.held = ""
         state.trace.point("array.serving", slot=state.slot)
-        self.faults.resume()
-        self._redispatch()
+        self._keep_or_serve()
         if not state.read_only:
             self.resync.start()
         self.changed()
@@ -278,7 +281,7 @@ class Array:
         state = self.state
         while True:
             await asyncio.sleep(state.tick_s)
-            if state.held:
+            if state.gate.state is not GateState.OPEN:
                 continue
             state.tick += 1
             limit = state.device_timeout_s
@@ -344,37 +347,67 @@ class Array:
 
     async def _end_life(self) -> None:
         """Stop what acts, let what is in flight land; requests are kept."""
-        state = self.state
         self._living = False
         await self.resync.stop()
         await self.repair.stop()
         await self.faults.stop()
+        await self._drain()
+
+    async def _drain(self) -> None:
+        """The gate is shut: what is on its way lands or comes back, and each write is answered or kept."""
+        state = self.state
         self.faults.shut()
         self.bitmap_writer.kick()
         state.submitter.submit()
         await state.submitter.drained()
+        await self._no_writes()
         state.windows.clear()
+        state.bitmap = None  # its pages belong to a slot that is not ours any more
+
+    async def _no_writes(self) -> None:
+        while self.writer.in_flight:
+            gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            op = next(iter(self.writer.in_flight))
+            if op.waiters is None:
+                op.waiters = []
+            op.waiters.append(partial(_resolve, gone))
+            await gone
 
     def hold(self, reason: str) -> None:
         """Contact is lost for now: requests are kept, what is queued waits at the gate."""
-        if not self._lost.is_set() and self._living:
-            self.state.held = reason
-            self.state.gate.hold(reason)
-            self.changed()
+        self._no_contact = reason
+        self.state.gate.hold(reason)
+        self._keep_or_serve()
 
     def resume(self) -> None:
-        if not self._lost.is_set() and self._living:
-            self.state.gate.open()
-            self.state.held = ""
+        self._no_contact = ""
+        self.state.gate.open()
+        self._keep_or_serve()
+
+    def doubt(self, reason: str) -> None:
+        """The superblocks cannot be confirmed: requests are kept, the gate stays open to read them again."""
+        self._in_doubt = reason
+        self._keep_or_serve()
+
+    def trust(self) -> None:
+        self._in_doubt = ""
+        self._keep_or_serve()
+
+    def _keep_or_serve(self) -> None:
+        if not self._living or self._lost.is_set():
+            return
+        self.state.held = self._no_contact or self._in_doubt
+        if not self.state.held:
             self.faults.resume()
             self._redispatch()
-            self.changed()
+        self.changed()
 
     def lost(self, reason: str) -> None:
         """Membership is gone: the gate shuts at once, the rest follows in order."""
         state = self.state
         state.gate.shut(reason)
         state.held = reason
+        self._no_contact = self._in_doubt = ""
         state.log.warning("%s: I/O is held until this node has joined again", reason)
         state.trace.point("array.lost", slot=state.slot)
         self._lost.set()
@@ -385,13 +418,18 @@ class Array:
     async def prepare_join(self) -> None:
         """A new life may use the disks: nothing of the old one is in flight."""
         self.state.gate.renew()
+        if self._no_contact:
+            self.state.gate.hold(self._no_contact)
         await self.metadata.reload()
 
     async def load_own_slot(self, slot: int) -> None:
         await self.slots.load_own(slot)
 
     async def merge_slot(self, slot: int) -> list[int]:
-        chunks = await self.slots.merge(slot)
+        async with self._merging:
+            if not self._merges:
+                raise Refused("stopping", f"{self.state.name} is being stopped: others take slot {slot} over")
+            chunks = await self.slots.merge(slot)
         if chunks and self._living:
             self.resync.wake()
         self.changed()
@@ -448,53 +486,63 @@ class Array:
     async def stop(self) -> None:
         """End in order: writes done, bits that may go cleared, the rest handed over, disks closed."""
         state = self.state
-        self._stopping = True
+        self._stopping = state.stopping = True
         living, self._living = self._living, False
-        for task in self._tasks:
+        ticking, others = self._tasks[:1], self._tasks[1:]
+        for task in others:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*others, return_exceptions=True)
         if living and not state.held:
             await self._stop_in_order()
         else:
-            await self.resync.stop()
-            await self.repair.stop()
-            await self.faults.stop()
-            await self.coordinator.leave(handover=False)
+            await self._stop_at_once()
         state.held = "stopped"
-        for request in self._take_parked():
+        state.gate.shut("stopped")
+        await self._drain()
+        await state.submitter.close()
+        self.faults.close()
+        for task in ticking:
+            task.cancel()
+        await asyncio.gather(*ticking, *state.tasks, return_exceptions=True)
+        parked, state.parked = state.parked, []
+        for request in parked:
             request.error = errno.ESHUTDOWN
             request.owner.completed(request)
         if self._zeroes is not None:
             self._zeroes.release()
             self._zeroes = None
-        state.gate.shut("stopped")
-        await state.submitter.close()
         for member in state.members:
             member.device.close()
         self.stopped.set()
 
-    def _take_parked(self) -> list[Request]:
-        parked, self.state.parked = self.state.parked, []
-        return parked
+    async def _stop_at_once(self) -> None:
+        """No contact, or not a member: nothing more goes out, and what we leave dirty is for others."""
+        state = self.state
+        state.gate.shut("stopped")
+        await self.resync.stop()
+        await self.repair.stop()
+        await self.faults.stop()
+        left = state.bitmap is not None and next(state.bitmap.dirty_chunks(), None) is not None
+        await self._drain()
+        await self.coordinator.leave(handover=left)
 
     async def _stop_in_order(self) -> None:
         state = self.state
         state.held = "stopping"
         await self.resync.stop()
         await self.repair.stop()
-        while self.writer.in_flight:
-            gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            op = next(iter(self.writer.in_flight))
-            if op.waiters is None:
-                op.waiters = []
-            op.waiters.append(partial(_resolve, gone))
-            await gone
+        if self._activating is not None:
+            await self._activating
+        self.faults.resume()
+        await self._no_writes()
         left = False
         if not state.read_only:
             try:
-                await self.faults.recorded()
+                left = bool(await self.faults.recorded())
                 await self.resync.checkpoint()
-                left = not await self.sweep.clean()
+                async with self._merging:
+                    self._merges = False  # what is merged after the last look would be handed over by nobody
+                left |= not await self.sweep.clean()
                 if not self.coordinator.clustered and not state.clean:
                     await self._mark(True)
             except (Refused, OSError) as error:

@@ -54,6 +54,11 @@ class ArraySide(Protocol):
 
     def resume(self) -> None: ...
 
+    def doubt(self, reason: str) -> None:
+        """The superblocks cannot be confirmed: keep requests; disks are still read."""
+
+    def trust(self) -> None: ...
+
     def lost(self, reason: str) -> None:
         """Membership is gone: what is in flight may land, nothing more goes out in this life."""
 

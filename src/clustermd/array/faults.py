@@ -124,7 +124,7 @@ class Faults:
         assert writer is not None
         torn = error not in (0, errno.EOPNOTSUPP) and op.succeeded
         if torn:
-            self.state.the_bitmap().mark(op.chunks)  # some members have it and some do not
+            op.bitmap.mark(op.chunks)  # some members have it and some do not
         writer.finish(op, error)
         if torn:
             self.changed()
@@ -151,6 +151,9 @@ class Faults:
     def resume(self) -> None:
         """I/O goes on: faults that were not recorded are published again."""
         self._over = False
+        self.publish_soon()
+
+    def publish_soon(self) -> None:
         if self.state.unpublished:
             self._start()
 

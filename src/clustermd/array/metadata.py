@@ -45,6 +45,7 @@ class Metadata:
         fail: Callable[[int, str], object],
     ) -> None:
         self.state = state
+        self.unrecorded: Callable[[], None] = lambda: None
         self.coordinator = coordinator
         self.bitmap_writer = bitmap_writer
         self._fail = fail
@@ -58,7 +59,7 @@ class Metadata:
         """
         async with self._one, self.coordinator.metadata_update():
             self.state.trace.point("metadata.token")
-            await self.reload()
+            await self.reload(ours=True)
             if change is not None:
                 change()
                 self.state.refresh()
@@ -67,11 +68,12 @@ class Metadata:
 
     # --- reading --------------------------------------------------------------------------------
 
-    async def reload(self) -> None:
+    async def reload(self, *, ours: bool = False) -> None:
         """Read every superblock that can be read and adopt the newest one's roles.
 
         Raises Refused `superblock-unreadable` if a member that should work gives none: nobody may then go
-        on with a state that cannot be confirmed (rule 6).
+        on with a state that cannot be confirmed (rule 6). In an update of `ours` nobody else announced anything:
+        such a member is failed, and the update records that, as long as another good one can be read.
         """
         state = self.state
         working = [member for member in state.members if not member.faulty]
@@ -91,8 +93,11 @@ class Metadata:
                 f"{state.name}: no member's superblock can be read: {'; '.join(map(str, problems.values()))}",
             )
         newest = newest_of(list(fresh.values()))
+        readable = any(member.index in fresh for member in state.in_sync)
         for member in working:
             if member.index in problems and newest.role_of(member.number) < ROLE_LIMIT:
+                if ours and readable:
+                    continue
                 raise Refused(
                     "superblock-unreadable",
                     f"{state.name}: {member.path} works according to the others, but its superblock cannot be "
@@ -147,6 +152,9 @@ class Metadata:
             else:
                 member.adopt(own, role if role < ROLE_LIMIT else None)
         state.refresh()
+        if any(member.faulty and not member.fault_recorded for member in state.members):
+            state.unpublished = not state.read_only
+            self.unrecorded()
         if was_degraded and not state.degraded and state.bitmap is not None:
             state.bitmap.whole()
 
@@ -156,7 +164,8 @@ class Metadata:
         member.fault_recorded = False
         member.why = why
         self.state.roles[member.number] = ROLE_FAULTY
-        self.state.log.warning("%s: not used, %s", member.path, why)
+        self.state.log.error("%s: failed, %s", member.path, why)
+        self.state.trace.point("member.failed", number=member.number, why=why)
 
     # --- writing --------------------------------------------------------------------------------
 

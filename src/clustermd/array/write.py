@@ -17,6 +17,7 @@ import errno
 from collections.abc import Callable
 from functools import partial
 
+from clustermd.array.bitmap import Bitmap
 from clustermd.array.bitmap_writer import BitmapWriter
 from clustermd.array.request import Kind, Request
 from clustermd.array.state import ArrayState
@@ -28,6 +29,7 @@ class WriteOp:
 
     __slots__ = (
         "abandoned",
+        "bitmap",
         "buffer",
         "chunks",
         "expected",
@@ -47,9 +49,12 @@ class WriteOp:
         "writer",
     )
 
-    def __init__(self, writer: Writer, request: Request, lo: int, hi: int, chunks: range) -> None:
+    def __init__(
+        self, writer: Writer, request: Request, bitmap: Bitmap, lo: int, hi: int, chunks: range
+    ) -> None:
         self.writer = writer
         self.request = request
+        self.bitmap = bitmap
         self.lo = lo
         self.hi = hi
         self.chunks = chunks
@@ -125,7 +130,7 @@ class Writer:
         bitmap = state.the_bitmap()
         chunk_sectors = bitmap.chunk_sectors
         chunks = range(lo // chunk_sectors, (hi - 1) // chunk_sectors + 1)
-        op = WriteOp(self, request, lo, hi, chunks)
+        op = WriteOp(self, request, bitmap, lo, hi, chunks)
         state.ranges.add(op)
         if state.windows.any and state.windows.blocked(lo, hi):
             state.ranges.remove(op)
@@ -189,7 +194,7 @@ class Writer:
         request.owner.completed(request)
 
     def _let_go(self, op: WriteOp, keep_bits: bool) -> None:
-        self.state.the_bitmap().end_write(op.chunks, keep_bits)
+        op.bitmap.end_write(op.chunks, keep_bits)
         self.state.ranges.remove(op)
 
     def redo(self, op: WriteOp) -> None:

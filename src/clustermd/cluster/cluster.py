@@ -331,7 +331,7 @@ class Life:
         except (Refused, OSError) as error:
             if isinstance(error, ClusterLost):
                 raise
-            self.array.hold(f"the superblocks cannot be confirmed: {error}")
+            self.array.doubt(f"the superblocks cannot be confirmed: {error}")
             self._spawn("reload", self._reload_again)
             return errno.EIO
         return 0
@@ -339,7 +339,7 @@ class Life:
     async def _reload_again(self) -> None:
         async with self.channel.receiving:  # not in the middle of an update of ours
             await self.array.reload()
-        self.array.resume()
+        self.array.trust()
 
     # --- recovery events (LockspaceEvents) ----------------------------------------------------------------
 
