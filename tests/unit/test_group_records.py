@@ -130,6 +130,25 @@ def test_a_daemon_that_fails_says_why(tmp_path: Path) -> None:
     assert refused.value.code == "not-running"
 
 
+def test_a_daemon_that_is_killed_at_its_start_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever kills it, the one who waits for it gets the next one and no error."""
+    (tmp_path / "victim.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    attempts = 0
+
+    async def third_time() -> str:
+        nonlocal attempts
+        attempts += 1
+        if attempts < 3:
+            raise FileNotFoundError
+        return "connected"
+
+    rundir, log = RunDir(tmp_path, "a"), tmp_path / "log"
+    assert asyncio.run(connect_or_start(third_time, "victim", rundir, log, SystemClock())) == "connected"
+
+
 def test_a_daemon_that_never_listens_is_not_waited_for_for_ever(tmp_path: Path) -> None:
     (tmp_path / "sleeper.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
     log = tmp_path / "log"

@@ -1,6 +1,7 @@
 """`clustermd locks`: who holds which lock, who waits for whom, across the whole cluster.
 
-Every node's lockd is a replica of the lock manager and knows all of it, so one is asked: this node's. A wait is
+Every node's lockd is a replica of the lock manager and knows all of it, so one is asked: this node's. It is asked
+outside of any session, so it answers also while the group stands still, which is when people ask. A wait is
 shown with the holders whose modes it does not go together with, a node that is silent or whose end is not proved yet
 with what is waited for.
 """
@@ -14,8 +15,7 @@ from typing import Any
 from clustermd.cli.command import UsageError
 from clustermd.cli.output import show, show_json
 from clustermd.dlm.modes import Mode, compatible
-from clustermd.errors import Refused
-from clustermd.lockd.client import connect
+from clustermd.lockd.client import lockd_status
 from clustermd.rundir import RunDir
 
 _ANSWER_S = 5.0
@@ -32,7 +32,7 @@ def run(words: Sequence[str]) -> int:
     if "-h" in words or "--help" in words:
         show(_HELP)
         return 0
-    state = asyncio.run(_ask(RunDir.from_environment()))
+    state = asyncio.run(lockd_status(RunDir.from_environment(), _ANSWER_S))
     if "--json" in words:
         show_json(locks=state)
     else:
@@ -40,23 +40,13 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-async def _ask(rundir: RunDir) -> dict[str, Any]:
-    connection = await connect(rundir, "clustermd locks", start=False, timeout_s=_ANSWER_S)
-    try:
-        return await asyncio.wait_for(connection.status(), _ANSWER_S)
-    except TimeoutError:
-        raise Refused(
-            "no-answer", f"the lockd of {rundir.node} does not answer within {_ANSWER_S:g} s: see its log"
-        ) from None
-    finally:
-        await connection.close()
-
-
 def locks_text(state: dict[str, Any]) -> str:
     """The page for the state that a lockd tells (`lockd.daemon.Lockd.status`)."""
     lines = [f"node {state['name']} (number {state['node']}, lockd process {state['pid']})"]
     if state["suspended"]:
         lines.append(f"  suspended: {state['suspended']}")
+    if state["group"].get("frozen"):
+        lines.append(f"  the group stands still: {state['group']['frozen']}")
     lines += _troubles(state)
     replica = state["replica"]
     for node in replica["nodes"]:

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from clustermd.errors import Refused
 from clustermd.group.start import HELD, say_ready, take_lock
 
 CRASHED = 70  # EX_SOFTWARE
@@ -42,6 +43,9 @@ def run_daemon(lock: Path, serve: Callable[[asyncio.Event, Callable[[], None]], 
 
     try:
         asyncio.run(work())
+    except Refused as refusal:
+        log.error("ended: %s", refusal)
+        os._exit(CRASHED)
     except Exception:
         log.exception("ended by an error")
         os._exit(CRASHED)

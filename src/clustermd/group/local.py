@@ -182,13 +182,28 @@ class LocalGroup:
             )
             try:
                 link.send("hello", PROTOCOL, self.me.name, self.me.incarnation, self._place)
-                await welcome
+                await self._hear(welcome, link)
             except BaseException:
                 link.close()
                 raise
 
         root = self._rundir.root
         await connect_or_start(attempt, SEQUENCER_MODULE, self._rundir, root / "sequencer.log", self._clock)
+
+    async def _hear(self, welcome: asyncio.Future[None], link: FrameLink) -> None:
+        """Wait for the welcome. A sequencer that gives none is killed like one that answers no ping."""
+        watch = PeerWatch(self._bounds)
+        process = link.peer_pid, start_time(link.peer_pid) or 0
+        last_s = self._clock.monotonic_s()
+        while not welcome.done():
+            await asyncio.wait((welcome,), timeout=self._bounds.tick_s)
+            now_s = self._clock.monotonic_s()
+            elapsed_s, last_s = now_s - last_s, now_s
+            if watch.tick(elapsed_s) and not welcome.done():
+                log.error("the sequencer gave no welcome for %.1f s: it is killed", watch.silent_s)
+                kill(*process)
+                raise ConnectionResetError("the sequencer does not answer")
+        welcome.result()
 
     def _welcomed(self, link: FrameLink, number: int, place: int) -> None:
         """From here on this is our link; events may follow in the very same bytes."""

@@ -44,7 +44,7 @@ async def connect_or_start(
 
     `attempt` raises FileNotFoundError, ConnectionRefusedError or ConnectionResetError when no daemon
     answers. Raises Refused ("not-running") when it may not be started, ("daemon-failed") with the end of
-    its log when it ends, or does not listen within `deadline_s`.
+    its log when it ends by itself, or does not listen within `deadline_s`. One that was killed is started again.
     """
     end_s = clock.monotonic_s() + deadline_s
     while True:
@@ -65,7 +65,7 @@ async def connect_or_start(
         if outcome == HELD:
             # a file lock gives no event: its holder listens soon, or is just ending
             await asyncio.sleep(0.02)
-        elif outcome:
+        elif outcome > 0:
             raise Refused(
                 "daemon-failed", f"{module} ended with status {outcome}. The end of {log}:\n{log_tail(log)}"
             )
