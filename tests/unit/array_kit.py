@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from faulty_submitter import FaultySubmitter
+from faulty_submitter import Fault, FaultySubmitter
 
 from clustermd.array.array import Array
 from clustermd.array.assemble import load_members
@@ -179,13 +179,18 @@ async def running(
     trace: Trace | None = None,
     device_timeout_s: int = 30,
     stop: bool = True,
-    faulty: bool = False,
+    faulty: bool | list[Fault] = False,
+    tick_s: float = 1.0,
     **options: Any,
 ) -> AsyncIterator[tuple[Array, Client]]:
-    """A started array and a client; stopped in the end. `faulty`: over a `FaultySubmitter` (`disks_of`)."""
+    """A started array and a client; stopped in the end.
+
+    `faulty`: over a `FaultySubmitter` (`disks_of`), with these faults from the start. `tick_s`: how long one of the
+    seconds takes by which the array counts how long a member does not answer.
+    """
     submitter: Any = make_submitter()
-    if faulty:
-        submitter = FaultySubmitter(submitter)
+    if faulty is not False:
+        submitter = FaultySubmitter(submitter, faulty if isinstance(faulty, list) else None)
     assembly = await load_members(
         [str(path) for path in paths],
         opener or (lambda path: open_member(path, read_only=read_only, clustered=False, exclusive=False)),
@@ -203,6 +208,7 @@ async def running(
         device_timeout_s=device_timeout_s,
         **options,
     )
+    array.state.tick_s = tick_s
     try:
         await array.start()
         yield array, Client(array)

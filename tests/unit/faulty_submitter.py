@@ -114,11 +114,11 @@ class _Recorder:
 class FaultySubmitter:
     """`Submitter` around `inner`, with `faults`. The first fault that means a request decides."""
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: Any, faults: list[Fault] | None = None) -> None:
         self.inner = inner
         self.gate: Gate = inner.gate
         self.pool: BufferPool = inner.pool
-        self.faults: list[Fault] = []
+        self.faults = faults if faults is not None else []
         self.log: list[Io] = []
         self.done: list[Io] = []
         self.stuck: list[Io] = []

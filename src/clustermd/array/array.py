@@ -85,15 +85,21 @@ class Array:
         self.metadata = Metadata(state, coordinator, self.bitmap_writer, self.faults.fail)
         self.metadata.resync_position = self._resync_position
         self.metadata.unrecorded = self.faults.publish_soon
-        self.slots = Slots(state, self.bitmap_writer, assembly.template)
+        self.slots = Slots(state, self.bitmap_writer, assembly.template, self.faults.fail)
         self.writer = Writer(state, self.bitmap_writer, self.faults.settle)
         self.faults.writer = self.writer
         self.faults.changed = self._members_changed
-        self.repair = Repair(state, coordinator, self.faults.fail)
+        self.repair = Repair(state, coordinator, self.faults.fail, self.faults.recorded)
         self.reader = Reader(state, self.repair.request)
         self.sweep = Sweep(state, self.bitmap_writer, self.metadata, self.faults.fail)
         self.resync = Resync(
-            state, coordinator, self.metadata, self.faults.fail, limits, lambda: self.changed()
+            state,
+            coordinator,
+            self.metadata,
+            self.faults.fail,
+            self.faults.recorded,
+            limits,
+            lambda: self.changed(),
         )
         self.nodes = self.slots.nodes
         self.stopped = asyncio.Event()

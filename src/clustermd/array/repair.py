@@ -8,7 +8,8 @@ its budget of errors, is failed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import errno
+from collections.abc import Awaitable, Callable
 
 from clustermd.array.coordinator import Coordinator
 from clustermd.array.member import Member
@@ -29,11 +30,16 @@ class Repair:
     """One background task that repairs one range after the other."""
 
     def __init__(
-        self, state: ArrayState, coordinator: Coordinator, fail: Callable[[int, str], object]
+        self,
+        state: ArrayState,
+        coordinator: Coordinator,
+        fail: Callable[[int, str], object],
+        recorded: Callable[[], Awaitable[int]],
     ) -> None:
         self.state = state
         self.coordinator = coordinator
         self._fail = fail
+        self._recorded = recorded
         self._queue: list[tuple[Member, int, int]] = []
         self._task: asyncio.Task[None] | None = None
 
@@ -66,6 +72,9 @@ class Repair:
                         end = min(at + STEP_SECTORS, hi)
                         await self.coordinator.announce(at, end)
                         await self._rewrite(member, at, end)
+                        if member.faulty:
+                            await self._recorded()  # what was given up may still land there
+                            break
             except ClusterLost:
                 return
             except (Refused, OSError) as error:
@@ -76,24 +85,33 @@ class Repair:
         if member.faulty:
             return
         length = (hi - lo) * 512
-        step = await hold_range(state, lo, hi)
         shared = Shared(state.submitter.pool.take(length))
         try:
-            source = state.first_copy(lo, hi, 1 << member.index)
-            if source is None or await transfer(state, source, Op.READ, lo, length, shared) != length:
-                return
-            result = await transfer(state, member, Op.WRITE, lo, length, shared, fua=True)
-            if result == length:
-                result = await transfer(state, member, Op.READ, lo, length, shared)
-            if result == length:
-                member.corrected_errors += length // 4096 or 1
-                state.counters.read_errors_corrected += 1
-                state.log.info("%s: read error corrected at sectors %d to %d", member.path, lo, hi)
-            else:
-                self._fail(1 << member.index, f"a read error at sector {lo} could not be repaired ({result})")
+            step = await hold_range(state, lo, hi)
+            try:
+                await self._copy(member, lo, hi, shared)
+            finally:
+                state.ranges.remove(step)
         finally:
             shared.drop()
-            state.ranges.remove(step)
+
+    async def _copy(self, member: Member, lo: int, hi: int, shared: Shared) -> None:
+        state = self.state
+        length = (hi - lo) * 512
+        source = state.first_copy(lo, hi, 1 << member.index)
+        if source is None or await transfer(state, source, Op.READ, lo, length, shared) != length:
+            return
+        result = await transfer(state, member, Op.WRITE, lo, length, shared, fua=True)
+        if result == length:
+            result = await transfer(state, member, Op.READ, lo, length, shared)
+        if result == length:
+            member.corrected_errors += length // 4096 or 1
+            state.counters.read_errors_corrected += 1
+            state.log.info("%s: read error corrected at sectors %d to %d", member.path, lo, hi)
+        elif result == -errno.ESHUTDOWN:
+            raise OSError(errno.ESHUTDOWN, "the gate is shut")
+        else:
+            self._fail(1 << member.index, f"a read error at sector {lo} could not be repaired ({result})")
 
     async def stop(self) -> None:
         if self._task is not None:

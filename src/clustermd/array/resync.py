@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from clustermd.array.coordinator import Coordinator
@@ -113,7 +113,11 @@ class Pace:
 
 
 class Resync:
-    """The copying task of one life. `limits` are read before each step."""
+    """The copying task of one life. `limits` are read before each step.
+
+    `recorded()` waits until all faults are on the disks and known to all nodes: a copy that was given up may still
+    land on its member, so the window that keeps others out must not end before they have dropped that member.
+    """
 
     def __init__(
         self,
@@ -121,10 +125,12 @@ class Resync:
         coordinator: Coordinator,
         metadata: Metadata,
         fail: Callable[[int, str], object],
+        recorded: Callable[[], Awaitable[int]],
         limits: Callable[[], tuple[int, int]],
         changed: Callable[[], None],
     ) -> None:
         self.state = state
+        self._recorded = recorded
         self.coordinator = coordinator
         self.metadata = metadata
         self.limits = limits
@@ -201,11 +207,26 @@ class Resync:
         async with self.coordinator.resync_right():
             self._pace = Pace(state, self.limits)
             state.trace.point("resync.right")
+            said = ""
             while (work := self.work()) is not None:
-                if work == "resync" or state.the_bitmap().unreconciled:
-                    await self._resync()
-                else:
-                    await self._recover()
+                try:
+                    if work == "resync" or state.the_bitmap().unreconciled:
+                        await self._resync()
+                    else:
+                        await self._recover()
+                except ClusterLost:
+                    raise
+                except (Refused, CopyFailed) as error:
+                    await self._recorded()
+                    if not state.the_bitmap().unreconciled:
+                        raise
+                    # Whoever gets the right after us takes the array for settled: it must be.
+                    if str(error) != said:
+                        said = str(error)
+                        state.log.warning("the resync is tried again every %.0f s: %s", RETRY_S, error)
+                    self._status = self._waiting("pending")
+                    self._changed()
+                    await asyncio.sleep(RETRY_S)
             if self.coordinator.all_settled():
                 state.settled = True
                 state.trace.point("resync.settled")
@@ -287,9 +308,9 @@ class Resync:
         state = self.state
         step = await hold_range(state, lo, hi)
         length = (hi - lo) * 512
-        shared = Shared(state.submitter.pool.take(length))
+        shared: Shared | None = None
         try:
-            source = await self._read_source(lo, hi, length, shared)
+            source, shared = await self._read_source(lo, hi, length)
             targets = [member for member in state.writable if member is not source]
             results = await asyncio.gather(
                 *(transfer(state, member, Op.WRITE, lo, length, shared) for member in targets)
@@ -302,19 +323,27 @@ class Resync:
                     self._fail(1 << member.index, f"a resync write failed ({result})")
                     raise CopyFailed(f"{member.path} refused a write at sector {lo}")
         finally:
-            shared.drop()
+            if shared is not None:
+                shared.drop()
             state.ranges.remove(step)
 
-    async def _read_source(self, lo: int, hi: int, length: int, shared: Shared) -> Member:
+    async def _read_source(self, lo: int, hi: int, length: int) -> tuple[Member, Shared]:
+        """The member that delivered, and what. A read that was given up keeps its buffer: it may still land."""
         state = self.state
         tried = 0
         while True:
             source = state.first_copy(lo, hi, tried)
             if source is None:
                 raise CopyFailed(f"no member can deliver sectors {lo} to {hi}")
-            result = await transfer(state, source, Op.READ, lo, length, shared)
+            shared = Shared(state.submitter.pool.take(length))
+            try:
+                result = await transfer(state, source, Op.READ, lo, length, shared)
+            except BaseException:
+                shared.drop()
+                raise
             if result == length:
-                return source
+                return source, shared
+            shared.drop()
             if result == -errno.ESHUTDOWN:
                 raise OSError(errno.ESHUTDOWN, "the gate is shut")
             state.log.warning("%s: read error in a resync at sector %d (%d)", source.path, lo, result)
@@ -378,7 +407,18 @@ class Resync:
                     member.in_sync = finished
 
         state.trace.point("recovery.record", position=position)
-        await self.metadata.update(change)
+        while True:
+            try:
+                await self.metadata.update(change)
+                break
+            except ClusterLost:
+                raise
+            except Refused as error:
+                if not finished:
+                    raise
+                # Our state says in sync: nothing else would bring the others to know it.
+                state.log.warning("the end of the recovery is not known to all yet: %s", error)
+                await asyncio.sleep(RETRY_S)
         if finished and not state.degraded:
             state.the_bitmap().whole()
         state.refresh()

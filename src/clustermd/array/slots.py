@@ -13,6 +13,8 @@ returned is the list of dirty chunks, so that chunk 0 is as good as any other (r
 from __future__ import annotations
 
 import asyncio
+import errno
+from collections.abc import Callable
 from dataclasses import replace
 
 from clustermd.array.bitmap import PAGE_BYTES, Bitmap
@@ -33,9 +35,16 @@ NO_BITMAP_CHUNK_BYTES = 1 << 20
 class Slots:
     """Reads and writes slot areas. `template` is the valid bitmap superblock found when the array was assembled."""
 
-    def __init__(self, state: ArrayState, writer: BitmapWriter, template: BitmapSuperblock | None) -> None:
+    def __init__(
+        self,
+        state: ArrayState,
+        writer: BitmapWriter,
+        template: BitmapSuperblock | None,
+        fail: Callable[[int, str], object],
+    ) -> None:
         self.state = state
         self.writer = writer
+        self._fail = fail
         self.template = template
 
     @property
@@ -115,13 +124,18 @@ class Slots:
             header = replace(self.template, events=0, events_cleared=0)
         header = replace(header, state=BitmapState(0), sync_size=state.array_sectors)
         clean = geometry.area_bytes(header)
-        await asyncio.gather(
-            *(
-                self._write_area(member, slot, clean)
-                for member in state.writable
-                if areas.get(member.index) != clean
-            )
+        targets = [member for member in state.writable if areas.get(member.index) != clean]
+        results = await asyncio.gather(
+            *(self._write_area(member, slot, clean) for member in targets), return_exceptions=True
         )
+        # All have ended: nothing of this may land after the slot's lock was given back.
+        for member, result in zip(targets, results, strict=True):
+            if isinstance(result, OSError) and result.errno != errno.ESHUTDOWN:
+                self._fail(1 << member.index, f"the bitmap of slot {slot} could not be cleared ({result})")
+                if member.faulty:
+                    continue
+            if result is not None:
+                raise result
         state.trace.point("takeover.source_cleared", slot=slot)
         return chunks
 

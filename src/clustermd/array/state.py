@@ -126,15 +126,17 @@ class ArrayState:
         return self.bitmap
 
     def first_copy(self, lo: int, hi: int, without: int = 0) -> Member | None:
-        """The first usable member in role order, not in mask `without`.
+        """The first usable member in role order, not in mask `without`; in-sync ones first.
 
-        It is the one that all nodes read while copies may differ, and the source of every copy.
+        It is the one that all nodes read while copies may differ, and the source of every copy. How far a
+        recovering one is filled, only the node that fills it knows to the sector.
         """
         fallback = None
         for member in self.writable:
             if without >> member.index & 1 or not member.good_for(lo, hi):
                 continue
-            if not member.write_mostly:
+            if member.in_sync and not member.write_mostly:
                 return member
-            fallback = fallback or member
+            if fallback is None or (member.in_sync and not fallback.in_sync):
+                fallback = member
         return fallback

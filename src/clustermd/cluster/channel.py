@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -50,6 +51,7 @@ class Channel:
         self.lockspace = lockspace
         self.trace = trace
         self.sent = 0
+        self.log = logging.getLogger("clustermd.cluster")
         self._handle = handle
         self._sending = asyncio.Lock()
         self.receiving = asyncio.Lock()
@@ -170,9 +172,20 @@ class Channel:
             )
 
     async def _settle(self, lock: Lock, mode: Mode) -> None:
-        """Convert down whatever happens: a right must not stay with a task that ended."""
+        """Convert down whatever happens, and wait for it: a right must not stay with a task that ended, and the
+        next one to use the lock must not find it busy."""
+        down = asyncio.get_running_loop().create_task(self._down(lock, mode))
+        cancelled = False
+        while not down.done():
+            try:
+                await asyncio.wait((down,))
+            except asyncio.CancelledError:
+                cancelled = True
+        if cancelled:
+            down.exception()
+            raise asyncio.CancelledError
         try:
-            await asyncio.shield(self._down(lock, mode))
+            down.result()
         except ClusterLost:
             pass  # the lock is gone with the session
 
@@ -228,4 +241,8 @@ class Channel:
         except OSError as error:
             return error.errno or errno.EIO
         except Refused:
+            return errno.EIO
+        except Exception:
+            # A receiver that ends without an answer would stop every node.
+            self.log.exception("a message could not be processed")
             return errno.EIO

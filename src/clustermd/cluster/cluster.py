@@ -110,7 +110,7 @@ class Cluster:
         await self._living().announce(lo, hi)
 
     def all_settled(self) -> bool:
-        return self._life is not None and not self._life.takeovers
+        return self._life is not None and self._life.all_settled
 
     def takeovers(self) -> Iterable[int]:
         return sorted(self._life.takeovers) if self._life else ()
@@ -143,6 +143,9 @@ class Life:
         self._joined = False
         self._over = False
         self._failed_since_prep = False
+        self._recovering = False
+        self._gone: set[int] = set()  # slots to take over whose owner is known to be gone
+        self._wanting = 0
         self._announced = False  # some node may be keeping out of a window of ours
 
     # --- join and leave -----------------------------------------------------------------------------
@@ -155,6 +158,11 @@ class Life:
     @property
     def sent(self) -> int:
         return self.channel.sent if self._joined else 0
+
+    @property
+    def all_settled(self) -> bool:
+        """Nobody is dead or leaving whose bits have not been taken over."""
+        return not self.takeovers and not self._recovering
 
     def peers(self) -> tuple[str, ...]:
         ours = self._lockspace.our_slot
@@ -254,20 +262,32 @@ class Life:
 
     @asynccontextmanager
     async def resync_right(self) -> AsyncIterator[None]:
-        """`resync` in EX; "finished" is said before it is given up, unless the task is being stopped."""
-        async with self._resyncing:
-            self._right_requested.set()
+        """`resync` in EX; "finished" is said before it is given up, unless the task is being stopped.
+
+        Between two tasks of this node it is not given up: whoever gets it next takes the array for settled.
+        """
+        self._wanting += 1
+        self._right_requested.set()
+        try:
+            await self._resyncing.acquire()
+        finally:
+            self._wanting -= 1
+        try:
             await self._resync.convert(Mode.EX)
             try:
                 try:
                     yield
                 finally:
-                    self._right_requested.clear()
                     if self._announced and not self._stopping():
                         await self._finish_surely()
             finally:
-                with suppress(ClusterLost):
-                    await asyncio.shield(self._resync.convert(Mode.NL))
+                if not self._wanting:
+                    with suppress(ClusterLost):
+                        await asyncio.shield(self._resync.convert(Mode.NL))
+        finally:
+            self._resyncing.release()
+            if not self._wanting:
+                self._right_requested.clear()
 
     def _stopping(self) -> bool:
         task = asyncio.current_task()
@@ -344,29 +364,33 @@ class Life:
     # --- recovery events (LockspaceEvents) ----------------------------------------------------------------
 
     def recover_prep(self) -> None:
+        self._recovering = True
         self.array.set_unsettled()
 
     def recover_slot(self, slot: Slot) -> None:
         self.trace.point("cluster.lost", slot=slot.slot - 1, node=slot.name)
         self.log.warning("node %s (slot %d) is dead and fenced", slot.name, slot.slot - 1)
         self.takeovers.add(slot.slot - 1)
+        self._gone.add(slot.slot - 1)
         self._failed_since_prep = True
 
     def recover_done(self, slots: tuple[Slot, ...], our_slot: int, generation: int) -> None:
-        for slot in slots:
-            if slot.slot - 1 in self.takeovers and slot.slot != our_slot:
-                # Its new owner has loaded the bits as its own.
-                self.takeovers.discard(slot.slot - 1)
-                task = self._tasks.pop(("takeover", slot.slot - 1), None)
-                if task is not None:
-                    task.cancel()
-                self.array.end_window(slot.slot - 1)
+        self._recovering = False
+        present = {slot.slot - 1 for slot in slots}
+        for owned in sorted(self.takeovers & self._gone & present - {our_slot - 1}):
+            # Somebody said that it is taken over; its new owner has loaded what bits it has as its own.
+            self._end_takeover(owned)
+            task = self._tasks.pop(("takeover", owned), None)
+            if task is not None:
+                task.cancel()
+            self.array.end_window(owned)
+        self._gone |= self.takeovers - present
         for dead in self.takeovers:
             self._spawn_takeover(dead)
         if self._failed_since_prep:
             self._failed_since_prep = False
             if slots and our_slot == min(slot.slot for slot in slots):
-                self._spawn("adopting the newest superblock", self._adopt)
+                self._spawn(f"adopting the newest superblock in generation {generation}", self._adopt)
         self.array.wake_resync()
 
     def suspended(self, reason: str) -> None:
@@ -419,5 +443,9 @@ class Life:
             with suppress(ClusterLost):
                 await lock.unlock()
         await self._lockspace.recovered(slot + 1)
-        self.takeovers.discard(slot)
+        self._end_takeover(slot)
         self.array.wake_resync()
+
+    def _end_takeover(self, slot: int) -> None:
+        self.takeovers.discard(slot)
+        self._gone.discard(slot)
