@@ -19,6 +19,7 @@ from clustermd.array.request import Request
 from clustermd.array.windows import Windows
 from clustermd.clock import Clock
 from clustermd.device.member_device import Gate, Submitter
+from clustermd.layout import raid1
 from clustermd.ondisk.bitmap_superblock import BitmapSuperblock
 from clustermd.ondisk.superblock import ROLE_LIMIT, Superblock
 from clustermd.trace import Trace
@@ -70,7 +71,7 @@ class ArrayState:
         self.read_only = read_only
         self.device_timeout_s = device_timeout_s
         self.log = logging.getLogger(f"clustermd.{name}")
-        self.array_sectors = reference.size
+        self.array_sectors = raid1.array_sectors(reference.size)
         self.raid_disks = reference.raid_disks
         self.events = reference.events
         self.roles: list[int] = list(reference.dev_roles)
