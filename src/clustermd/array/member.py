@@ -11,6 +11,7 @@ import os
 import stat
 
 from clustermd.device.member_device import MemberDevice
+from clustermd.layout import raid1
 from clustermd.ondisk.superblock import MAX_SECTOR, FeatureMap, Superblock
 
 WRITE_MOSTLY = 1
@@ -96,10 +97,9 @@ class Member:
         if not self.writable or not (self.in_sync or self.recovery_offset >= hi):
             return False
         if self.bad_blocks:
-            offset = self.superblock.data_offset
-            return not any(
-                start < hi + offset and start + count > lo + offset for start, count in self.bad_blocks
-            )
+            first = raid1.device_sector(lo, self.superblock.data_offset)
+            end = raid1.device_sector(hi, self.superblock.data_offset)
+            return not any(start < end and start + count > first for start, count in self.bad_blocks)
         return True
 
     def numbers(self) -> tuple[int, int]:
