@@ -107,4 +107,5 @@ def _for_whom(waiter: dict[str, Any], holders: list[dict[str, Any]]) -> str:
         for lock in holders
         if lock["id"] != waiter["id"] and not compatible(Mode[lock["mode"]], wanted)
     ]
-    return f", waits for {', '.join(blocking)}" if blocking else ", waits in the queue"
+    long = f" {waiter['waits_s']} s" if waiter.get("waits_s") else ""
+    return f", waits{long} for {', '.join(blocking)}" if blocking else f", waits{long} in the queue"

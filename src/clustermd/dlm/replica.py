@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import enum
 from collections import deque
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from clustermd.dlm import report
@@ -132,6 +133,10 @@ class Replica:
         """The client is proved dead, or said goodbye (`clean`): what it holds is purged."""
         if self._clients.close(session):
             self._submit([session, "end", proof, clean])
+
+    def queued(self) -> Iterator[tuple[int, int]]:
+        """(lock id, wanted mode) of every request that waits now."""
+        return report.queued(self._machine)
 
     def status(self) -> dict[str, Any]:
         """Who holds and awaits what, as plain JSON values (`report`)."""

@@ -9,6 +9,7 @@ Names of resources that are not text are shown with backslash escapes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from clustermd.dlm.engine import Engine
@@ -30,6 +31,14 @@ def describe(machine: Machine) -> dict[str, Any]:
             name: _space(machine.engine, space) for name, space in sorted(machine.engine.spaces.items())
         },
     }
+
+
+def queued(machine: Machine) -> Iterator[tuple[int, int]]:
+    """(lock id, wanted mode) of every request that waits, in whichever queue."""
+    for space in machine.engine.spaces.values():
+        for resource in space.resources.values():
+            for lock in (*resource.converting, *resource.waiting):
+                yield lock.id, lock.rq
 
 
 def _who(engine: Engine, key: tuple[int, int, int]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from clustermd.group.process_group import Member, View, Witness
 from clustermd.group.tasks import Tasks
 from clustermd.lockd.protocol import PROTOCOL
 from clustermd.lockd.sessions import SessionState
+from clustermd.lockd.waits import Waits
 from clustermd.rundir import RunDir
 from clustermd.trace import Trace
 
@@ -52,6 +53,7 @@ class Lockd:
         self._arriving: dict[FrameLink, str] = {}
         self._suspended = "this node has not joined the group yet"
         self._tasks = Tasks()
+        self._waits = Waits()
         self._idle_s = 0.0
 
     async def run(self, stop: asyncio.Event, ready: Callable[[], None]) -> None:
@@ -276,6 +278,7 @@ class Lockd:
             now_s = self._clock.monotonic_s()
             elapsed_s, last_s = now_s - last_s, now_s
             number += 1
+            self._waits.look(self._replica.queued(), now_s)
             for state in list(self._sessions.values()):
                 if state.lost_s is not None or state.ended:
                     continue
@@ -299,6 +302,8 @@ class Lockd:
         """What `clustermd locks` shows: the whole cluster, as this node's replica knows it."""
         now_s = self._clock.monotonic_s()
         me = self._group.me
+        replica = self._replica.status()
+        self._waits.add_to(replica, now_s)
         return {
             "node": me.node,
             "name": me.name,
@@ -307,7 +312,7 @@ class Lockd:
             "installed": self._replica.installed,
             "suspended": self._suspended,
             "group": await self._group.status(),
-            "replica": self._replica.status(),
+            "replica": replica,
             "sessions": [
                 {
                     "session": state.number,
