@@ -297,15 +297,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _exercise(path: str, export: str, plan: Plan, log: str) -> Report:
+    """Connect and run. A server that dies before it has answered leaves a report as well: of nothing."""
+    asked_to_stop: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: asked_to_stop.append(number))
+    started_ns = time.monotonic_ns()
+    try:
+        client = NbdClient(path, export)
+    except (Disconnected, OSError):
+        return Report(plan.node, DISCONNECTED, started_ns, time.monotonic_ns())
+    with client:
+        exerciser = Exerciser(client, plan, log)
+        signal.signal(signal.SIGTERM, exerciser.stop)
+        if asked_to_stop:
+            exerciser.stop()
+        return exerciser.run()
+
+
 def main(arguments: list[str] | None = None) -> int:
     given = vars(_parser().parse_args(arguments))
     path, export, log, report_path = (given.pop(name) for name in ("socket", "export", "log", "report"))
     first, end = given.pop("blocks")
     plan = Plan(first_block=first, end_block=end, **given)
-    with NbdClient(path, export) as client:
-        exerciser = Exerciser(client, plan, log)
-        signal.signal(signal.SIGTERM, exerciser.stop)
-        report = exerciser.run()
+    report = _exercise(path, export, plan, log)
     text = json.dumps(asdict(report)) + "\n"
     if report_path:
         # Renamed into place: whoever waits for the report finds all of it.

@@ -41,6 +41,12 @@ class Load:
 
     def start(self, *options: str) -> None:
         """Start it and wait until its first requests are answered. `options` as the exerciser has them."""
+        before = self.records
+        self.launch(*options)
+        self.wait_for_records(before + 50)
+
+    def launch(self, *options: str) -> None:
+        """Start it and wait for nothing."""
         self.report_path.unlink(missing_ok=True)
         before = self.records
         first, end = self.blocks
@@ -48,7 +54,6 @@ class Load:
         command += ["--log", str(self.log), "--report", str(self.report_path), "--node", str(self.number)]
         command += ["--blocks", f"{first}..{end}", "--seed", str(before), *options]
         self._program = self.node.cluster.start(command, log=f"exerciser{self.number}.log")
-        self.wait_for_records(before + 50)
 
     def wait_for_records(self, count: int) -> None:
         wait_until(
@@ -63,9 +68,13 @@ class Load:
 
     def stop(self) -> Report:
         """Let it finish what is in flight and return its report."""
+        self.ask_to_stop()
+        return self.report()
+
+    def ask_to_stop(self) -> None:
+        """Have it finish what is in flight and end; wait for nothing."""
         assert self._program is not None
         self._program.send_signal(signal.SIGTERM)
-        return self.report()
 
     def report(self) -> Report:
         """Its report, once it has ended: by itself, or because its server died."""
@@ -104,6 +113,7 @@ def fio_command(
         f"--offset={offset_bytes}",
         f"--size={size_bytes}",
         "--time_based=1",
+        "--thread=1",  # a forked job survives the end of its timeout, spinning
         f"--runtime={seconds:g}",
         *options,
     ]

@@ -55,6 +55,11 @@ class Process:
         """Whether it runs: gone and zombie both count as dead."""
         return _state(self.pid) not in ("", "Z", "X")
 
+    @property
+    def still(self) -> bool:
+        """Whether it does nothing more for now: held by SIGSTOP, or dead."""
+        return _state(self.pid) in ("T", "", "Z", "X")
+
     def send(self, number: signal.Signals) -> None:
         """Send a signal; nothing happens when it has ended by itself."""
         try:
@@ -154,7 +159,7 @@ class LocalCluster:
         """The ends of all logs of the cluster, for the message of a failed test."""
         parts = []
         for path in sorted([*self.run_directory.rglob("*log*"), *self.directory.glob("*.log")]):
-            if path.is_file():
+            if path.is_file() and path.name != "order.log":  # that one is for machines
                 lines = path.read_text(errors="replace").splitlines()[-_LOG_LINES:]
                 parts.append(f"--- {path.relative_to(self.directory)}\n" + "\n".join(lines))
         return "\n".join(parts)
@@ -246,9 +251,7 @@ class Node:
         processes = self.processes()
         for process in processes:
             process.send(signal.SIGSTOP)
-        wait_until(
-            lambda: all(_state(process.pid) == "T" for process in processes), f"{self.name} to stand still"
-        )
+        wait_until(lambda: all(process.still for process in processes), f"{self.name} to stand still")
         try:
             yield
         finally:
