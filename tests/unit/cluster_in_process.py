@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from array_kit import Client, abandon, tasks_of
-from faulty_submitter import FaultySubmitter
+from faulty_submitter import Fault, FaultySubmitter
 from memory_group import MemoryGroup, Port, newcomer_reads_from_here
 
 from clustermd.array.array import Array
@@ -94,10 +94,12 @@ class Node:
     async def connect(self) -> NodeLink:
         return NodeLink(self)
 
-    async def assemble(self, paths: list[Path], **options: Any) -> None:
+    async def assemble(
+        self, paths: list[Path], *, faults: list[Fault] | None = None, tick_s: float = 1.0, **options: Any
+    ) -> None:
         submitter: Any = make_submitter(pool_bytes=64 << 20)
         if self.cluster.faulty:
-            submitter = FaultySubmitter(submitter)
+            submitter = FaultySubmitter(submitter, faults)
         assembly = await load_members(
             [str(path) for path in paths],
             lambda path: open_member(path, clustered=True, exclusive=False),
@@ -105,6 +107,7 @@ class Node:
         )
         coordinator = Cluster("lockspace", self.connect, self.trace)
         self.array = Array("md0", assembly, coordinator, submitter, SystemClock(), self.trace, **options)
+        self.array.state.tick_s = tick_s
         self.client = Client(self.array)
         await self.array.start()
 
@@ -141,6 +144,12 @@ class Node:
 
         self.at(point, die)
         return dead
+
+    def die(self) -> None:
+        """Nothing is sent or received any more. What waits for an answer is let go, so that its task can end."""
+        self.alive = False
+        for session in self.sessions.values():
+            session.on_lost("the node is dead")
 
     def lose_session(self) -> int:
         """The lock session is gone; `end_session` of the result tells all that nothing is in flight any more."""
@@ -192,7 +201,7 @@ class InProcessCluster:
     def crash(self, number: int) -> Node:
         """The node does nothing any more; nobody knows yet. Requests that a fault keeps stuck stay in flight."""
         node = self.nodes.pop(number)
-        node.alive = False
+        node.die()
         node.array.state.gate.shut("killed by the test")
         for task in tasks_of(node.array):
             if task is not asyncio.current_task():
@@ -230,7 +239,7 @@ async def cluster_of(
                 await asyncio.wait_for(node.array.stop(), 20)
     except BaseException:
         for node in list(cluster.nodes.values()):
-            node.alive = False
+            node.die()
             if hasattr(node, "array"):
                 await abandon(node.array)
         raise
