@@ -245,4 +245,9 @@ class FaultySubmitter:
         return self.ios(Op.READ, member, lo, hi)
 
     def ios(self, op: Op, member: str = "", lo: int = 0, hi: int = 1 << 62) -> list[Io]:
-        return [io for io in self.log if io.op is op and member in io.path and io.offset < hi and io.end > lo]
+        """Requests of one kind; a flush is anywhere."""
+        return [
+            io
+            for io in self.log
+            if io.op is op and member in io.path and (op is Op.FLUSH or (io.offset < hi and io.end > lo))
+        ]

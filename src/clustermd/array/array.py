@@ -89,7 +89,7 @@ class Array:
         self.writer = Writer(state, self.bitmap_writer, self.faults.settle)
         self.faults.writer = self.writer
         self.faults.changed = self._members_changed
-        self.repair = Repair(state, coordinator, self.faults.fail, self.faults.recorded)
+        self.repair = Repair(state, coordinator, self.faults.fail, self.faults.surely_recorded)
         self.reader = Reader(state, self.repair.request)
         self.sweep = Sweep(state, self.bitmap_writer, self.metadata, self.faults.fail)
         self.resync = Resync(
@@ -97,7 +97,7 @@ class Array:
             coordinator,
             self.metadata,
             self.faults.fail,
-            self.faults.recorded,
+            self.faults.surely_recorded,
             limits,
             lambda: self.changed(),
         )

@@ -162,6 +162,11 @@ class Faults:
         self.shut()
         self._release(errno.ESHUTDOWN)
 
+    async def surely_recorded(self) -> None:
+        """Wait until no fault is unrecorded, however long that takes."""
+        while await self.recorded():
+            await asyncio.sleep(RETRY_S)
+
     async def recorded(self) -> int:
         """Wait until no fault is unrecorded; 0, or an errno if that could not be done."""
         if not self.state.unpublished:

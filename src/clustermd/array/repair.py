@@ -34,7 +34,7 @@ class Repair:
         state: ArrayState,
         coordinator: Coordinator,
         fail: Callable[[int, str], object],
-        recorded: Callable[[], Awaitable[int]],
+        recorded: Callable[[], Awaitable[None]],
     ) -> None:
         self.state = state
         self.coordinator = coordinator

@@ -125,7 +125,7 @@ class Resync:
         coordinator: Coordinator,
         metadata: Metadata,
         fail: Callable[[int, str], object],
-        recorded: Callable[[], Awaitable[int]],
+        recorded: Callable[[], Awaitable[None]],
         limits: Callable[[], tuple[int, int]],
         changed: Callable[[], None],
     ) -> None:
