@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,10 +40,10 @@ def server(*arguments: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
 
 @pytest.fixture
 def exercise(tmp_path: Path) -> Callable[..., Report]:
-    def run(socket: str, **plan: float) -> Report:
-        options: dict[str, float] = {"node": 1, "first_block": 64, "end_block": 320, "seconds": 0.5}
+    def run(socket: str, **plan: Any) -> Report:
+        options: dict[str, Any] = {"node": 1, "first_block": 64, "end_block": 320, "seconds": 0.5}
         with NbdClient(socket) as client:
-            return Exerciser(client, Plan(**(options | plan)), tmp_path / "log").run()  # type: ignore[arg-type]
+            return Exerciser(client, Plan(**(options | plan)), tmp_path / "log").run()
 
     return run
 
@@ -99,6 +100,14 @@ def test_it_stays_inside_its_blocks(exercise: Callable[..., Report]) -> None:
         with NbdClient(socket) as client:
             assert client.call(Command.READ, 0, 64 * 4096) == bytes(64 * 4096)
             assert client.call(Command.READ, 320 * 4096, 192 * 4096) == bytes(192 * 4096)
+
+
+def test_it_stays_inside_its_stripes(exercise: Callable[..., Report], tmp_path: Path) -> None:
+    with server("memory", "1M") as (socket, _):
+        assert exercise(socket, first_block=0, end_block=240, stripe=(4, 1, 3), rate=2000).errors == []
+    written = set(knowledge_of_logs([tmp_path / "log"]))
+    assert len(written) > 40
+    assert all(block // 4 % 3 == 1 for block in written)
 
 
 def test_started_again_it_goes_on_with_the_same_log(exercise: Callable[..., Report], tmp_path: Path) -> None:

@@ -2,10 +2,11 @@
 
     python -m clustermd.testing.exerciser --socket md0/nbd.sock --node 1 --blocks 0..4096 --log node1.log
 
-It owns a range of 4 KiB blocks of an NBD export: nobody else writes there. Up to `--depth` requests
-are in flight, never two on one block. A write is logged as issued before it is sent and as
-acknowledged before its blocks are written again (`write_log`). Some requests are reads of idle
-blocks, judged on the spot; some are flushes; some writes carry FUA.
+It owns a range of 4 KiB blocks of an NBD export: nobody else writes there. With `--stripe S/I/N` it owns only
+each N-th stripe of S blocks of the range, from the I-th on, so that N exercisers write side by side in the same
+chunks. Up to `--depth` requests are in flight, never two on one block. A write is logged as issued
+before it is sent and as acknowledged before its blocks are written again (`write_log`). Some
+requests are reads of idle blocks, judged on the spot; some are flushes; some writes carry FUA.
 
 Started again with the same log it goes on where that ended: it first reads each block in doubt.
 
@@ -46,7 +47,10 @@ _MAX_KEPT = 1000
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to do. Blocks are `first_block` to `end_block - 1`; `hot_blocks` get most requests."""
+    """What to do. Blocks are `first_block` to `end_block - 1`; `hot_blocks` get most requests.
+
+    `stripe` (size, index, count): of each `count` stripes of `size` blocks the one numbered `index` is ours.
+    """
 
     node: int
     first_block: int
@@ -60,6 +64,7 @@ class Plan:
     read_percent: int = 20
     fua_percent: int = 5
     flush_percent: int = 1
+    stripe: tuple[int, int, int] = (1, 0, 1)
 
 
 @dataclass(slots=True)
@@ -109,6 +114,9 @@ class Exerciser:
     def __init__(self, client: NbdClient, plan: Plan, log_path: str | Path) -> None:
         if not 0 <= plan.first_block < plan.end_block <= client.size_bytes // BLOCK_BYTES:
             raise ValueError(f"blocks {plan.first_block}..{plan.end_block} are not all inside the export")
+        size, _, stripes = plan.stripe
+        if min(plan.hot_blocks or plan.end_block, plan.end_block - plan.first_block) < size * stripes:
+            raise ValueError(f"there are too few blocks for {stripes} stripes of {size}")
         self._client = client
         self._plan = plan
         self._random = random.Random(f"{plan.seed}/{plan.node}")
@@ -201,6 +209,13 @@ class Exerciser:
         end = min(plan.end_block, plan.first_block + plan.hot_blocks) if hot else plan.end_block
         count = self._random.randint(1, plan.max_blocks)
         block = self._random.randrange(plan.first_block, end)
+        size, index, stripes = plan.stripe
+        if stripes > 1:
+            within = (block - plan.first_block) % (size * stripes)
+            block += index * size + within % size - within
+            if block >= end:
+                return self._choose()
+            end = min(end, block + size - within % size)
         return block, min(count, end - block)
 
     def _read(self, block: int, count: int) -> None:
@@ -275,6 +290,13 @@ def _range(text: str) -> tuple[int, int]:
     return int(first), int(end)
 
 
+def _stripe(text: str) -> tuple[int, int, int]:
+    size, index, count = map(int, text.split("/"))
+    if not (size > 0 and 0 <= index < count):
+        raise ValueError(text)
+    return size, index, count
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="clustermd.testing.exerciser", description="writes blocks it can account for"
@@ -294,6 +316,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--read-percent", type=int, default=20)
     parser.add_argument("--fua-percent", type=int, default=5)
     parser.add_argument("--flush-percent", type=int, default=1)
+    parser.add_argument("--stripe", type=_stripe, default=(1, 0, 1), metavar="SIZE/INDEX/COUNT")
     return parser
 
 

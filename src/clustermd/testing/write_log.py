@@ -66,7 +66,11 @@ class LogWriter:
 
 def read_log(path: str | Path) -> Iterator[Record]:
     """The records of a log, oldest first. A record cut off at the end was never followed by its step."""
-    data = Path(path).read_bytes()
+    return records_of(Path(path).read_bytes(), path)
+
+
+def records_of(data: bytes, path: str | Path) -> Iterator[Record]:
+    """The records in a piece of a log; `path` is for errors."""
     for offset in range(0, len(data) - RECORD_BYTES + 1, RECORD_BYTES):
         kind, magic, node, block, generation, time_ns = _RECORD.unpack_from(data, offset)
         if magic != _MAGIC:

@@ -28,6 +28,7 @@ from clustermd.testing.disks import dirty_chunks, look, writers_of
 from clustermd.testing.exerciser import Report
 from clustermd.testing.load import Load
 from clustermd.testing.local_cluster import LocalCluster, Node, Process
+from clustermd.testing.storm.instant import Ledger, faults_now
 from clustermd.testing.waiting import wait_until
 from clustermd.testing.write_log import knowledge_of_logs
 
@@ -51,6 +52,8 @@ class Plan:
     rate: int
     depth: int
     hot_blocks: int
+    chunk_kib: int
+    side_by_side: bool
     unresponsive_s: float
     linger_s: float
     threads: bool
@@ -112,6 +115,7 @@ class Arena:
     disks: list[str] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     loads: dict[str, Load] = field(default_factory=dict)
+    ledgers: dict[str, Ledger] = field(default_factory=dict)
     reports: list[tuple[Node, Report]] = field(default_factory=list)
     held_ns: list[tuple[int, int]] = field(default_factory=list)
     excused: set[int] = field(default_factory=set)
@@ -269,8 +273,18 @@ class Arena:
                 "last requests to land",
                 LAND_S,
             )
+            self._check_instant()
             for node in arrays:
                 self._make_differ(node)
+
+    def look_closely(self) -> None:
+        """Hold everybody and look at the disks (`instant`)."""
+        with self.everything_held(()):
+            self._check_instant()
+
+    def _check_instant(self) -> None:
+        if wrong := faults_now(list(self.ledgers.values()), self.disks):
+            raise Finding("at this instant: " + "; ".join(wrong))
 
     def _kill(self, victims: Sequence[Process]) -> None:
         for victim in victims:
@@ -315,7 +329,9 @@ class Arena:
         if self.array(node) is None:
             # A trace that is there afterwards is of the new process.
             node.files().trace.unlink(missing_ok=True)
-        return self.command(node, "-A", "md0", *self.disks)
+        self._count += 1
+        turn = self._count % len(self.disks)  # the order on the command line means nothing
+        return self.command(node, "-A", "md0", *self.disks[turn:], *self.disks[:turn])
 
     def watch_commands(self) -> None:
         """Forget those that have ended. Raises Finding for one that overstays its bound."""
@@ -343,7 +359,8 @@ class Arena:
         load = self.loads[node.name]
         if not load.running:
             self.end_load(node)
-            load.launch(*self.plan.load)
+            stripe = ["--stripe", f"4/{load.number - 1}/{len(self.nodes)}"] if self.plan.side_by_side else []
+            load.launch(*self.plan.load, *stripe)
             self._reporting.add(node.name)
 
     def end_load(self, node: Node) -> None:

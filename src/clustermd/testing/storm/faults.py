@@ -92,6 +92,22 @@ def kill_copier(arena: Arena, dice: Random) -> None:
     arena.later(dice.uniform(0.1, 2.0), "the copier is to die", copier_dies)
 
 
+def leave_copies(arena: Arena, dice: Random) -> None:
+    """Copies crawl, a node dies, and a while later whoever copies for it leaves, or all do."""
+    for node in arena.nodes:
+        arena.limit_speed(node, 1000, dice.choice(_SLOW_KIB_S))
+    kill_node(arena, dice)
+    arena.pass_time(dice.uniform(0.0, 1.5))
+    leavers = _running(arena)
+    for node in leavers if dice.random() < 0.3 else leavers[:1]:
+        _leave(arena, node, force=True)
+
+
+def look_closely(arena: Arena, dice: Random) -> None:
+    arena.say("looking at the disks")
+    arena.look_closely()
+
+
 def stand_still(arena: Arena, dice: Random) -> None:
     """One process, a node, or the sequencer, for a moment or for too long."""
     kinds = [arena.processes(role="sequencer"), arena.processes()]
@@ -109,18 +125,21 @@ def stand_still(arena: Arena, dice: Random) -> None:
 def leave(arena: Arena, dice: Random) -> None:
     """A node stops the array; it may come back soon."""
     node = _some_node(arena, dice)
-    process = arena.array(node)
-    if process is None:
-        return
     force = dice.random() < 0.5
-    arena.excused.add(process.pid)
     if not force and arena.loads[node.name].running:
         arena.loads[node.name].ask_to_stop()
         arena.pass_time(dice.uniform(0.0, 0.5))
-    arena.say(f"-S on {node.name}{' by force' if force else ''}")
-    arena.command(node, "-S", "md0", *(["--force"] if force else []))
+    _leave(arena, node, force)
     if dice.random() < 0.6:
         arena.later(dice.uniform(0.0, 2.0), f"-A on {node.name}", lambda: _join(arena, node))
+
+
+def _leave(arena: Arena, node: Node, force: bool) -> None:
+    process = arena.array(node)
+    if process is not None:
+        arena.excused.add(process.pid)
+    arena.say(f"-S on {node.name}{' by force' if force else ''}")
+    arena.command(node, "-S", "md0", *(["--force"] if force else []))
 
 
 def _join(arena: Arena, node: Node) -> None:
@@ -270,6 +289,8 @@ ATLAS: tuple[tuple[Fault, int], ...] = (
     (kill_any_two, 4),
     (kill_all, 2),
     (kill_copier, 4),
+    (leave_copies, 4),
+    (look_closely, 8),
     (stand_still, 10),
     (leave, 7),
     (join, 10),

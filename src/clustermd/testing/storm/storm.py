@@ -15,10 +15,11 @@ from clustermd.testing.local_cluster import LocalCluster
 from clustermd.testing.storm import checks
 from clustermd.testing.storm.arena import MIB, Arena, Finding, Plan
 from clustermd.testing.storm.faults import draw, gap_s
+from clustermd.testing.storm.instant import Ledger
 from clustermd.testing.waiting import wait_until
 
 NODES = 3
-CHUNK_KIB = 64
+STALL_BOUND_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,8 @@ def plan_of(seed: int) -> Plan:
         rate=dice.choice((300, 600, 1500)),
         depth=dice.choice((16, 32, 64)),
         hot_blocks=dice.choice((64, 256, 512)),
+        chunk_kib=dice.choice((64, 64, 256, 4096)),
+        side_by_side=dice.random() < 0.6,
         unresponsive_s=3.0,
         linger_s=2.0,
         threads=dice.random() < 0.25,
@@ -112,14 +115,17 @@ def _create(arena: Arena) -> None:
     arena.nodes = [cluster.node(f"node{number + 1}") for number in range(NODES)]
     first, *others = arena.nodes
     options = ["-l1", f"-n{plan.members}", "-b", "clustered", f"--nodes={plan.slots}", "--delay=1"]
-    options += [f"--bitmap-chunk={CHUNK_KIB}K", "--assume-clean"]
+    options += [f"--bitmap-chunk={plan.chunk_kib}K", "--assume-clean"]
     first.run("-CR", "md0", *options, *arena.disks)
     for node in others:
         node.run("-A", "md0", *arena.disks)
     wait_until(lambda: all_clear(arena.disks), "the bits of creation to be cleared", 30)
-    share = look(arena.disks[0]).size_bytes // 4096 // NODES
+    blocks = look(arena.disks[0]).size_bytes // 4096
+    share = blocks // NODES
     for number, node in enumerate(arena.nodes):
-        arena.loads[node.name] = Load(node, number + 1, number * share, (number + 1) * share)
+        low, high = (0, blocks) if plan.side_by_side else (number * share, (number + 1) * share)
+        load = arena.loads[node.name] = Load(node, number + 1, low, high)
+        arena.ledgers[node.name] = Ledger(load.log, load.number)
 
 
 def _round(arena: Arena, dice: Random, most_faults: int) -> int:
@@ -135,4 +141,7 @@ def _round(arena: Arena, dice: Random, most_faults: int) -> int:
     checks.clients_go_on(arena)
     checks.one_story(arena)
     checks.nobody_waits(arena)
+    stall_s = max(report.longest_stall_s(arena.held_ns) for _, report in arena.reports)
+    if stall_s > STALL_BOUND_S:
+        raise Finding(f"a client waited for {stall_s:.1f} s")
     return faults
