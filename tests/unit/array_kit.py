@@ -230,7 +230,7 @@ def disks_of(array: Array) -> FaultySubmitter:
 def tasks_of(array: Array) -> set[asyncio.Task[Any]]:
     """The tasks of an array, as far as it knows them."""
     tasks: set[Any] = set(array._tasks) | array.state.tasks
-    tasks |= {array.resync._task, array.repair._task, array.faults._task, array._activating}
+    tasks |= {array.resync._task, array.repair._task, array.faults._task, array.activity.task}
     life = getattr(array.coordinator, "_life", None)
     if life is not None:
         tasks |= set(life._tasks.values()) | {life.channel._task}

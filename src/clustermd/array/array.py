@@ -14,7 +14,8 @@ import errno
 from collections.abc import Callable
 from functools import partial
 
-from clustermd.array.assemble import Assembly
+from clustermd.array.activity import Activity
+from clustermd.array.assemble import Assembly, check_complete
 from clustermd.array.bitmap_writer import BitmapWriter
 from clustermd.array.coordinator import Coordinator
 from clustermd.array.faults import Faults
@@ -35,7 +36,7 @@ from clustermd.array.zero import ZERO_PIECE_BYTES, ZeroJob
 from clustermd.clock import Clock
 from clustermd.device.member_device import Buffer, BufferPool, GateState, Submitter
 from clustermd.errors import ClusterLost, Refused
-from clustermd.ondisk.superblock import MAX_SECTOR, ROLE_FAULTY, ROLE_LIMIT
+from clustermd.ondisk.superblock import MAX_SECTOR, ROLE_LIMIT
 from clustermd.trace import Trace
 
 DEVICE_TIMEOUT_S = 30
@@ -83,10 +84,10 @@ class Array:
         self.faults = Faults(state, self._publish_faults)
         self.bitmap_writer = BitmapWriter(state, self.faults.fail)
         self.metadata = Metadata(state, coordinator, self.bitmap_writer, self.faults.fail)
-        self.metadata.resync_position = self._resync_position
         self.metadata.unrecorded = self.faults.publish_soon
         self.slots = Slots(state, self.bitmap_writer, assembly.template, self.faults.fail)
         self.writer = Writer(state, self.bitmap_writer, self.faults.settle)
+        self.activity = Activity(state, self.metadata, lambda: bool(self.writer.in_flight), self._redispatch)
         self.faults.writer = self.writer
         self.faults.changed = self._members_changed
         self.repair = Repair(state, coordinator, self.faults.fail, self.faults.surely_recorded)
@@ -108,12 +109,9 @@ class Array:
         self._no_contact = ""
         self._in_doubt = ""
         self._living = False
-        self._stopping = False
         self._merging = asyncio.Lock()
         self._merges = True
         self._zeroes: Buffer | None = None
-        self._activating: asyncio.Task[None] | None = None
-        state.activate = self._activate
         state.clean = assembly.reference.resync_offset == MAX_SECTOR
         state.active = not state.clean
         submitter.after_sweep(self.bitmap_writer.kick)
@@ -197,81 +195,14 @@ class Array:
             await self.slots.load_for_reading()
         else:
             state.slot = await self.coordinator.join(self)
-            self._check_members()
-            if self.coordinator.clustered:
-                await self.metadata.update(self._mark_active)
-                state.active = True
-            elif state.missing_numbers() or not state.events:
-                await self.metadata.update(self._mark_missing)  # the first start counts as an event
+            check_complete(state, self.coordinator.peers(), self.allow_degraded)
+            await self.activity.begin(self.coordinator.clustered)
         self._living = True
         state.trace.point("array.serving", slot=state.slot)
         self._keep_or_serve()
         if not state.read_only:
             self.resync.start()
         self.changed()
-
-    def _check_members(self) -> None:
-        """A node must see every device that the others use; alone, it may be told to do without."""
-        state = self.state
-        missing = state.missing_numbers()
-        if not state.in_sync:
-            raise Refused("no-good-member", f"{state.name}: no in-sync member is left")
-        if not missing:
-            return
-        roles = ", ".join(str(state.roles[number]) for number in missing)
-        peers = self.coordinator.peers()
-        if peers:
-            raise Refused(
-                "member-missing-here",
-                f"{state.name}: the member with role {roles} is in use on {', '.join(peers)}, but was not found here: "
-                "give this node the same devices, or fail that member first",
-                numbers=missing,
-            )
-        if not self.allow_degraded:
-            raise Refused(
-                "degraded",
-                f"{state.name}: the member with role {roles} is missing: give all devices, or insist with --run",
-                numbers=missing,
-            )
-
-    def _mark_missing(self) -> None:
-        for number in self.state.missing_numbers():
-            self.state.roles[number] = ROLE_FAULTY
-
-    def _mark_active(self) -> None:
-        self.state.clean = False
-        self._mark_missing()
-
-    def _activate(self) -> None:
-        """A write waits for the array to be marked active on disk."""
-        if self._activating is None or self._activating.done():
-            self._activating = asyncio.get_running_loop().create_task(self._mark(False), name="activate")
-
-    async def _mark(self, clean: bool) -> None:
-        state = self.state
-
-        def change() -> None:
-            if not (clean and self.writer.in_flight):
-                state.clean = clean
-                state.active = False
-
-        while not self._stopping or clean:
-            try:
-                await self.metadata.update(change)
-                state.active = not state.clean
-                break
-            except (Refused, OSError) as error:
-                state.log.warning("cannot be marked %s yet: %s", "clean" if clean else "active", error)
-                if clean:
-                    return
-                await asyncio.sleep(REJOIN_S)
-        self._redispatch()
-
-    def _resync_position(self) -> int:
-        bitmap = self.state.bitmap
-        if bitmap is None or bitmap.persistent or not bitmap.unreconciled:
-            return MAX_SECTOR
-        return min(bitmap.unreconciled) * bitmap.chunk_sectors
 
     def _redispatch(self) -> None:
         """Start again what was kept while I/O was held."""
@@ -315,7 +246,7 @@ class Array:
                 idle = seen == state.foreground and not self.writer.in_flight
                 seen = state.foreground
                 if idle and not state.clean and not self.coordinator.clustered and not state.unpublished:
-                    await self._mark(True)
+                    await self.activity.mark(True)
             except ClusterLost:
                 continue
             except OSError as error:
@@ -492,7 +423,7 @@ class Array:
     async def stop(self) -> None:
         """End in order: writes done, bits that may go cleared, the rest handed over, disks closed."""
         state = self.state
-        self._stopping = state.stopping = True
+        state.stopping = True
         living, self._living = self._living, False
         ticking, others = self._tasks[:1], self._tasks[1:]
         for task in others:
@@ -537,8 +468,7 @@ class Array:
         state.held = "stopping"
         await self.resync.stop()
         await self.repair.stop()
-        if self._activating is not None:
-            await self._activating
+        await self.activity.done()
         self.faults.resume()
         await self._no_writes()
         left = False
@@ -550,7 +480,7 @@ class Array:
                     self._merges = False  # what is merged after the last look would be handed over by nobody
                 left |= not await self.sweep.clean()
                 if not self.coordinator.clustered and not state.clean:
-                    await self._mark(True)
+                    await self.activity.mark(True)
             except (Refused, OSError) as error:
                 state.log.warning("the stop leaves bits behind: %s", error)
                 left = True

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from clustermd.array.member import Member
 from clustermd.array.metadata import EVENT_MARGIN, newest_of
+from clustermd.array.state import ArrayState
 from clustermd.device.helpers import read_bytes
 from clustermd.device.member_device import MemberDevice, Submitter
 from clustermd.errors import BadBytes, Refused
@@ -251,3 +252,29 @@ async def _read_template(assembly: Assembly, submitter: Submitter) -> BitmapSupe
         f"no in-sync member has a valid bitmap superblock ({'; '.join(problems)}): the array cannot be started "
         "without knowing what may differ",
     )
+
+
+def check_complete(state: ArrayState, peers: Sequence[str], allow_degraded: bool) -> None:
+    """A node must see every device that its `peers` use; alone, it may be told to do without.
+
+    Raises Refused `no-good-member`, `member-missing-here`, `degraded`.
+    """
+    missing = state.missing_numbers()
+    if not state.in_sync:
+        raise Refused("no-good-member", f"{state.name}: no in-sync member is left")
+    if not missing:
+        return
+    roles = ", ".join(str(state.roles[number]) for number in missing)
+    if peers:
+        raise Refused(
+            "member-missing-here",
+            f"{state.name}: the member with role {roles} is in use on {', '.join(peers)}, but was not found here: "
+            "give this node the same devices, or fail that member first",
+            numbers=missing,
+        )
+    if not allow_degraded:
+        raise Refused(
+            "degraded",
+            f"{state.name}: the member with role {roles} is missing: give all devices, or insist with --run",
+            numbers=missing,
+        )
