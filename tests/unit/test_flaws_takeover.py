@@ -253,7 +253,14 @@ def test_f4_the_source_keeps_its_bits_until_ours_are_on_every_disk(tmp_path: Pat
             cluster.fence(await die_with_halves_apart(cluster, paths, [3, 7]))
             # The page may be on its way for the new superblock's sake already: the takeover itself must have come.
             reached = {"takeover.merged", "takeover.source_cleared"}
-            await until(lambda: own.hits and reached & set(two.names()))
+
+            def taking_over() -> bool:
+                names = two.names()
+                return "takeover.locked" in names and bool(
+                    reached & set(names[names.index("takeover.locked") :])
+                )
+
+            await until(lambda: own.hits and taking_over())
             for member in (0, 1):
                 assert bits_anywhere(paths, member) >= {3, 7}, "a bit is nowhere on a disk"
             own.end()
