@@ -55,7 +55,8 @@ check: setup
 	$(BIN)/lint-imports
 
 test: setup check
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal -m "not alone"
+	$(BIN)/pytest -m alone
 
 bench: setup
 	$(BIN)/python benchmarks/cluster.py

@@ -23,6 +23,16 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
+TOGETHER = ("test_cli_arrays", "test_golden_assemble", "test_ondisk_mdadm")
+"""System tests that measure no time and kill nobody: they may run beside each other."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent.name == "system" and item.path.stem not in TOGETHER:
+            item.add_marker("alone")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     lacking = [
         reason
