@@ -311,6 +311,7 @@ class Resync:
         shared: Shared | None = None
         try:
             source, shared = await self._read_source(lo, hi, length)
+            state.trace.point("resync.read", lo=lo, hi=hi)
             targets = [member for member in state.writable if member is not source]
             results = await asyncio.gather(
                 *(transfer(state, member, Op.WRITE, lo, length, shared) for member in targets)
