@@ -249,8 +249,24 @@ async def abandon(array: Array) -> None:
 
 
 def run(story: Coroutine[Any, Any, None], limit_s: float = 30) -> None:
-    """Run a test's story; longer than `limit_s` is a failure."""
-    asyncio.run(asyncio.wait_for(story, limit_s))
+    """Run a test's story; longer than `limit_s` is a failure, and so is an error in a completion of I/O.
+
+    Such an error (a request answered twice, a counter below zero) reaches no caller; only the loop hears of it.
+    """
+    errors: list[BaseException] = []
+
+    def hear(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if isinstance(error, Exception) and "completion" in context["message"]:
+            errors.append(error)
+        loop.default_exception_handler(context)
+
+    async def listened_to() -> None:
+        asyncio.get_running_loop().set_exception_handler(hear)
+        await asyncio.wait_for(story, limit_s)
+
+    asyncio.run(listened_to())
+    assert not errors, f"errors in completions: {errors}"
 
 
 async def until(what: Callable[[], object], limit_s: float = 10) -> None:
