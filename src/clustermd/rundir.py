@@ -32,7 +32,9 @@ class RunDir:
             if os.geteuid() == 0:
                 root = "/run/clustermd"
             else:
-                root = os.path.join(os.environ.get("XDG_RUNTIME_DIR", f"/tmp/clustermd-{os.geteuid()}"), "clustermd")
+                root = os.path.join(
+                    os.environ.get("XDG_RUNTIME_DIR", f"/tmp/clustermd-{os.geteuid()}"), "clustermd"
+                )
         node = os.environ.get("CLUSTERMD_NODE") or socket.gethostname().split(".")[0]
         if not _NODE_NAME.fullmatch(node):
             raise Refused(
