@@ -245,7 +245,7 @@ class Resync:
         position = 0
         serials: dict[int, int] = {}
         while bitmap.unreconciled:
-            ahead = [c for c in bitmap.unreconciled if (c + 1) * bitmap.chunk_sectors > position]
+            ahead = [chunk for chunk in bitmap.unreconciled if self._end_of(chunk) > position]
             if not ahead:
                 position = 0  # merged behind us meanwhile
                 serials.clear()
@@ -265,6 +265,11 @@ class Resync:
             position = hi
             self._changed()
 
+    def _end_of(self, chunk: int) -> int:
+        """The sector behind a chunk; the last one may be cut short by the end of the array."""
+        state = self.state
+        return min((chunk + 1) * state.the_bitmap().chunk_sectors, state.array_sectors)
+
     async def _copy_window(self, lo: int, hi: int, serials: dict[int, int], yielding: bool) -> list[int]:
         """Copy the unreconciled chunks' parts within [lo, hi); the chunks whose end was reached."""
         state = self.state
@@ -274,7 +279,7 @@ class Resync:
         at = lo
         while at < hi:
             chunk = at // bitmap.chunk_sectors
-            end = min((chunk + 1) * bitmap.chunk_sectors, state.array_sectors)
+            end = self._end_of(chunk)
             if chunk in bitmap.unreconciled:
                 if at == chunk * bitmap.chunk_sectors:
                     serials[chunk] = bitmap.mark_serial
@@ -403,9 +408,10 @@ class Resync:
 
         def change() -> None:
             for member in targets:
-                if not member.faulty:
-                    member.recovery_offset = MAX_SECTOR if finished else position
-                    member.in_sync = finished
+                if member.faulty or member.in_sync:
+                    continue  # another node may have gone on with it, and come further
+                member.recovery_offset = MAX_SECTOR if finished else max(member.recovery_offset, position)
+                member.in_sync = finished
 
         state.trace.point("recovery.record", position=position)
         while True:
