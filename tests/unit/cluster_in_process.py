@@ -55,6 +55,7 @@ class NodeLink:
         if self._node.alive:
             self._node.replica.session_end(self._number, "closed", True)
             self._node.cluster.pump_soon()
+        self.session.on_lost("closed")
 
 
 class Node:

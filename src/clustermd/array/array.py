@@ -42,6 +42,8 @@ from clustermd.trace import Trace
 DEVICE_TIMEOUT_S = 30
 QUIESCE_S = 15.0
 REJOIN_S = 0.5
+CUT_S = 5.0
+"""How long a stop without contact waits for its tasks before it gives up the membership."""
 DEFAULT_LIMITS = (1000, 200000)
 
 
@@ -285,10 +287,13 @@ class Array:
     async def _end_life(self) -> None:
         """Stop what acts, let what is in flight land; requests are kept."""
         self._living = False
+        await self._end_tasks()
+        await self._drain()
+
+    async def _end_tasks(self) -> None:
         await self.resync.stop()
         await self.repair.stop()
         await self.faults.stop()
-        await self._drain()
 
     async def _drain(self) -> None:
         """The gate is shut: what is on its way lands or comes back, and each write is answered or kept."""
@@ -435,16 +440,16 @@ class Array:
             await self._stop_at_once()
         state.held = "stopped"
         state.gate.shut("stopped")
+        self.faults.close()
+        self._refuse_parked()
+        for member in self.faults.stuck_members():
+            state.log.warning("%s: waiting for a request that it does not answer", member.path)
         await self._drain()
         await state.submitter.close()
-        self.faults.close()
         for task in ticking:
             task.cancel()
         await asyncio.gather(*ticking, *state.tasks, return_exceptions=True)
-        parked, state.parked = state.parked, []
-        for request in parked:
-            request.error = errno.ESHUTDOWN
-            request.owner.completed(request)
+        self._refuse_parked()
         if self._zeroes is not None:
             self._zeroes.release()
             self._zeroes = None
@@ -452,16 +457,22 @@ class Array:
             member.device.close()
         self.stopped.set()
 
+    def _refuse_parked(self) -> None:
+        parked, self.state.parked = self.state.parked, []
+        for request in parked:
+            request.error = errno.ESHUTDOWN
+            request.owner.completed(request)
+
     async def _stop_at_once(self) -> None:
         """No contact, or not a member: nothing more goes out, and what we leave dirty is for others."""
         state = self.state
         state.gate.shut("stopped")
-        await self.resync.stop()
-        await self.repair.stop()
-        await self.faults.stop()
         left = state.bitmap is not None and next(state.bitmap.dirty_chunks(), None) is not None
+        ending = asyncio.get_running_loop().create_task(self._end_tasks())
+        await asyncio.wait((ending,), timeout=CUT_S)
         await self._drain()
         await self.coordinator.leave(handover=left)
+        await ending  # a lock operation that nobody answers ends with the session
 
     async def _stop_in_order(self) -> None:
         state = self.state

@@ -171,6 +171,8 @@ class Faults:
         """Wait until no fault is unrecorded; 0, or an errno if that could not be done."""
         if not self.state.unpublished:
             return 0
+        if self.state.stopping and (self._task is None or self._task.done()):
+            return errno.EIO  # it was tried to the last
         future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
         return await future

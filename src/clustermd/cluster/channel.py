@@ -117,7 +117,7 @@ class Channel:
         (with what each said), ClusterLost.
         """
         self.trace.point("send.begin", type=message.type.name)
-        await self._message.convert(Mode.EX)
+        await self._in_time(self._message, message)
         try:
             block = self._message.lvb
             assert block is not None
@@ -125,15 +125,7 @@ class Channel:
             block[:LVB_BYTES] = message.to_bytes()
             await self._message.convert(Mode.CW)
             self.trace.point("send.written", type=message.type.name, sequence=message.sequence)
-            try:
-                async with asyncio.timeout(ACK_S):
-                    await self._ack.convert(Mode.EX)
-            except TimeoutError:
-                raise LockRefused(
-                    "not-acknowledged",
-                    f"{message.type.name} was not acknowledged by all nodes within {ACK_S:.0f} s "
-                    "(`clustermd locks` shows who holds ack)",
-                ) from None
+            await self._in_time(self._ack, message)
             self.trace.point("send.acknowledged", type=message.type.name, sequence=message.sequence)
             try:
                 await self._answers(message)
@@ -143,6 +135,18 @@ class Channel:
         finally:
             await self._settle(self._message, Mode.NL)
         self.trace.point("send.done", type=message.type.name, sequence=message.sequence)
+
+    async def _in_time(self, lock: Lock, message: Message) -> None:
+        """`lock` in EX: all have let go of the previous message, or have processed this one."""
+        try:
+            async with asyncio.timeout(ACK_S):
+                await lock.convert(Mode.EX)
+        except TimeoutError:
+            raise LockRefused(
+                "not-acknowledged",
+                f"{message.type.name} was not acknowledged by all nodes within {ACK_S:.0f} s "
+                f"(`clustermd locks` shows who holds {lock.name})",
+            ) from None
 
     async def _answers(self, message: Message) -> None:
         """Every living member has answered this very message with 0, or raise."""
