@@ -26,7 +26,7 @@ from cluster_in_process import InProcessCluster, cluster_of
 from faulty_submitter import FaultySubmitter, Io
 
 from clustermd.array import faults, resync
-from clustermd.cluster import cluster as cluster_module
+from clustermd.cluster import life as life_module
 from clustermd.device.member_device import Op
 from clustermd.ondisk import bad_blocks
 from clustermd.ondisk.create import BitmapKind
@@ -41,7 +41,7 @@ MIB = 1 << 20
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resync, "RETRY_S", 0.02)
     monkeypatch.setattr(faults, "RETRY_S", 0.02)
-    monkeypatch.setattr(cluster_module, "RETRY_S", 0.02)
+    monkeypatch.setattr(life_module, "RETRY_S", 0.02)
 
 
 def clustered(tmp_path: Path, **options: Any) -> list[Path]:

@@ -24,9 +24,10 @@ from clustermd.array.bitmap_writer import BitmapWriter
 from clustermd.array.metadata import Metadata
 from clustermd.array.request import Kind
 from clustermd.cluster import channel as channel_module
-from clustermd.cluster import cluster as cluster_module
+from clustermd.cluster import life as life_module
 from clustermd.cluster.channel import Channel
-from clustermd.cluster.cluster import Cluster, Life
+from clustermd.cluster.cluster import Cluster
+from clustermd.cluster.life import Life
 from clustermd.cluster.messages import Message, MessageType
 from clustermd.cluster.slot_lock import read_block
 from clustermd.device.member_device import Gate, Op
@@ -45,7 +46,7 @@ SUPERBLOCK: dict[str, Any] = {"lo": 4096, "hi": 8192}
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resync, "RETRY_S", 0.02)
     monkeypatch.setattr(faults, "RETRY_S", 0.02)
-    monkeypatch.setattr(cluster_module, "RETRY_S", 0.02)
+    monkeypatch.setattr(life_module, "RETRY_S", 0.02)
     monkeypatch.setattr(array_module, "REJOIN_S", 0.02)
     monkeypatch.setattr(channel_module, "ACK_S", 5.0)
 

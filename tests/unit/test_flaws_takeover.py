@@ -36,9 +36,9 @@ from clustermd.array.metadata import Metadata
 from clustermd.array.read import Reader
 from clustermd.array.resync import Resync
 from clustermd.array.slots import Slots
-from clustermd.cluster import cluster as cluster_module
+from clustermd.cluster import life as life_module
 from clustermd.cluster.channel import Channel
-from clustermd.cluster.cluster import Life
+from clustermd.cluster.life import Life
 from clustermd.cluster.slot_lock import OwnSlot
 from clustermd.device.member_device import Op
 from clustermd.dlm.lockspace import Slot
@@ -53,7 +53,7 @@ CHUNK = 64 << 10
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resync, "RETRY_S", 0.02)
-    monkeypatch.setattr(cluster_module, "RETRY_S", 0.02)
+    monkeypatch.setattr(life_module, "RETRY_S", 0.02)
 
 
 def clustered(tmp_path: Path, **options: Any) -> list[Path]:
@@ -437,7 +437,7 @@ def test_f13_the_bitmap_of_a_living_node_is_left_alone(tmp_path: Path, flawed: b
             assert dirty_chunks(paths[0], 0) == [3], "the bits of a living node were cleared"
             assert dirty_chunks(paths[0], 1) == []
 
-    with flaw(flawed, "were cleared", (cluster_module, "try_vacant", everything_is_vacant)):
+    with flaw(flawed, "were cleared", (life_module, "try_vacant", everything_is_vacant)):
         run(story())
 
 

@@ -41,8 +41,9 @@ from clustermd.array.resync import Resync
 from clustermd.array.sweep import Sweep
 from clustermd.array.windows import Windows
 from clustermd.array.write import WriteOp, Writer
-from clustermd.cluster import cluster as cluster_module
-from clustermd.cluster.cluster import Cluster, Life
+from clustermd.cluster import life as life_module
+from clustermd.cluster.cluster import Cluster
+from clustermd.cluster.life import Life
 from clustermd.cluster.messages import SlotBlock
 from clustermd.cluster.slot_lock import OwnSlot
 from clustermd.device.member_device import Op
@@ -58,7 +59,7 @@ WINDOW = 2048
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resync, "RETRY_S", 0.02)
     monkeypatch.setattr(faults, "RETRY_S", 0.02)
-    monkeypatch.setattr(cluster_module, "RETRY_S", 0.02)
+    monkeypatch.setattr(life_module, "RETRY_S", 0.02)
 
 
 def clustered(tmp_path: Path, **options: Any) -> list[Path]:
@@ -247,7 +248,7 @@ def test_f21_a_joiner_that_cannot_read_a_window_does_not_serve(tmp_path: Path, f
             async with window(cluster.nodes[1], 0, WINDOW):
                 two = cluster.add(2)
                 with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(cluster_module, "read_block", refuse)
+                    patch.setattr(life_module, "read_block", refuse)
                     with suppress(Refused):
                         await asyncio.wait_for(two.assemble(paths), 10)
                 if not two.array.state.held:
