@@ -31,11 +31,11 @@ from clustermd.errors import ClusterLost, Refused
 from clustermd.ondisk.superblock import MAX_SECTOR
 
 WINDOW_SECTORS = 65536
-LEAST_WINDOW_SECTORS = 2048
 STEP_SECTORS = 512
 DEPTH = 8
 WINDOW_S = 0.25
 MARK_S = 3.0
+LOOK_AGAIN_S = 0.2
 CHECKPOINT_S = 10.0
 RETRY_S = 1.0
 WHOLE_SHARE = 0.9
@@ -58,58 +58,74 @@ class Step:
 
 
 async def hold_range(state: ArrayState, lo: int, hi: int) -> Step:
-    """Hold [lo, hi) once nothing else does; give it back with `state.ranges.remove`."""
-    while True:
-        holder = state.ranges.overlapping(lo, hi)
-        if holder is None:
-            step = Step(lo, hi)
-            state.ranges.add(step)
-            return step
-        free: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    """Hold [lo, hi) once nobody else does; give it back with `state.ranges.remove`.
+
+    Whoever comes later waits for the step from now on, so that clients that never pause cannot keep it waiting.
+    """
+    loop = asyncio.get_running_loop()
+    step = Step(lo, hi)
+    before: list[asyncio.Future[None]] = []
+    for holder in state.ranges.within(lo, hi):
+        gone: asyncio.Future[None] = loop.create_future()
         if holder.waiters is None:
             holder.waiters = []
-        holder.waiters.append(lambda free=free: None if free.done() else free.set_result(None))  # type: ignore[misc]
-        await free
+        holder.waiters.append(lambda gone=gone: None if gone.done() else gone.set_result(None))  # type: ignore[misc]
+        before.append(gone)
+    state.ranges.add(step)
+    try:
+        for gone in before:
+            await gone
+    except BaseException:
+        state.ranges.remove(step)
+        raise
+    return step
 
 
 class Pace:
-    """Keeps a copy within its limits: measured over the last seconds, yielding to clients when asked to."""
+    """Keeps a copy within its limits: measured over the last seconds, yielding to clients when asked to.
+
+    Whether to yield, and to which limit, is decided once a window, when it is announced: its size relies on that, and
+    nobody elsewhere can write in it until it is copied. A limit that is raised counts at once.
+    """
 
     def __init__(self, state: ArrayState, limits: Callable[[], tuple[int, int]]) -> None:
         self._state = state
         self._limits = limits
-        self._mark_s = state.clock.monotonic_s()
+        self._yields = False
+        self._limit_kib_s = 0
+        self._mark_s = 0.0
         self._done = 0
         self._foreground = state.foreground
         self.speed_kib_s = 0
 
     def window_sectors(self, yielding: bool) -> int:
-        """How much to announce at once."""
-        least, most = self._limits()
-        busy = yielding and self._state.foreground != self._foreground
-        rate = least if busy else most
-        return max(LEAST_WINDOW_SECTORS, min(WINDOW_SECTORS, int(rate * 2 * WINDOW_S)))
-
-    async def account(self, sectors: int, yielding: bool) -> None:
-        """`sectors` were copied: wait if that was too fast."""
+        """How much to announce at once. `yielding`: slowly, if there were client requests since the last window."""
         state = self._state
+        self._yields = yielding and state.foreground != self._foreground
+        self._foreground = state.foreground
+        limit = self._limit_now()
+        now_s = state.clock.monotonic_s()
+        if limit != self._limit_kib_s or now_s - self._mark_s > MARK_S:
+            self._limit_kib_s = limit
+            self._mark_s = now_s
+            self._done = 0
+        return max(STEP_SECTORS, min(WINDOW_SECTORS, int(limit * 2 * WINDOW_S)))
+
+    def _limit_now(self) -> int:
+        least, most = self._limits()
+        return max(1, least if self._yields else most)
+
+    async def account(self, sectors: int) -> None:
+        """`sectors` were copied: wait if that was too fast."""
         self._done += sectors
         while True:
-            elapsed = state.clock.monotonic_s() - self._mark_s
-            least, most = self._limits()
-            rate = self._done / 2 / max(elapsed, 1e-6)
-            self.speed_kib_s = int(rate)
-            busy = yielding and state.foreground != self._foreground
-            limit = least if busy else most
-            ahead_s = self._done / 2 / max(limit, 1) - elapsed
+            elapsed_s = self._state.clock.monotonic_s() - self._mark_s
+            self.speed_kib_s = int(self._done / 2 / max(elapsed_s, 1e-6))
+            limit = max(self._limit_kib_s, self._limit_now())
+            ahead_s = self._done / 2 / limit - elapsed_s
             if ahead_s <= 0:
-                break
-            self._foreground = state.foreground
-            await asyncio.sleep(min(ahead_s, 0.2))
-        if elapsed > MARK_S:
-            self._mark_s = state.clock.monotonic_s()
-            self._done = 0
-        self._foreground = state.foreground
+                return
+            await asyncio.sleep(min(ahead_s, LOOK_AGAIN_S))
 
 
 class Resync:
@@ -255,7 +271,7 @@ class Resync:
             hi = min(lo + self._pace.window_sectors(yielding), state.array_sectors)
             await self.coordinator.announce(lo, hi)
             state.trace.point("resync.window", lo=lo, hi=hi)
-            done = await self._copy_window(lo, hi, serials, yielding)
+            done = await self._copy_window(lo, hi, serials)
             await self._flush_touched()
             for finished in done:
                 if serials.pop(finished, -1) == bitmap.mark_serial:
@@ -270,7 +286,7 @@ class Resync:
         state = self.state
         return min((chunk + 1) * state.the_bitmap().chunk_sectors, state.array_sectors)
 
-    async def _copy_window(self, lo: int, hi: int, serials: dict[int, int], yielding: bool) -> list[int]:
+    async def _copy_window(self, lo: int, hi: int, serials: dict[int, int]) -> list[int]:
         """Copy the unreconciled chunks' parts within [lo, hi); the chunks whose end was reached."""
         state = self.state
         bitmap = state.the_bitmap()
@@ -292,7 +308,7 @@ class Resync:
             part = steps[group : group + DEPTH]
             self._progress("resync", part[0][0], state.array_sectors)
             await self._steps(part)
-            await self._pace.account(sum(end - start for start, end in part), yielding)
+            await self._pace.account(sum(end - start for start, end in part))
         return finished
 
     async def _steps(self, steps: list[tuple[int, int]]) -> None:
@@ -388,7 +404,7 @@ class Resync:
                 part = steps[group : group + DEPTH]
                 self._progress("recovery", part[0][0], state.array_sectors)
                 await self._steps(part)
-                await self._pace.account(sum(end - start for start, end in part), True)
+                await self._pace.account(sum(end - start for start, end in part))
             await self._flush_touched()
             for member in targets:
                 if member.faulty:
