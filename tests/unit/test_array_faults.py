@@ -379,7 +379,7 @@ def test_a_member_that_does_not_answer_is_failed_and_what_lands_late_does_no_har
     paths = make_images(tmp_path, delay=60)
 
     async def story() -> None:
-        async with running(paths, faulty=True, device_timeout_s=1) as (array, client):
+        async with running(paths, faulty=True, device_timeout_s=4) as (array, client):
             disks = hasten(array)
             fault = stuck_fault(disks, paths, what)
             await client.write(5 * CHUNK, b"1" * BLOCK)
@@ -404,7 +404,7 @@ def test_a_stuck_read_is_answered_by_another_member_and_lands_in_nobodys_buffer(
     paths = make_images(tmp_path, delay=60)
 
     async def story() -> None:
-        async with running(paths, faulty=True, device_timeout_s=1) as (array, client):
+        async with running(paths, faulty=True, device_timeout_s=4) as (array, client):
             disks = hasten(array)
             await client.write(0, b"g" * BLOCK)
             poke(paths[0], 0, b"b" * BLOCK)
@@ -428,7 +428,7 @@ def test_late_zeroes_leave_the_shared_zeroes_alone(tmp_path: Path) -> None:
     long = 1 << 20
 
     async def story() -> None:
-        async with running(paths, faulty=True, device_timeout_s=1) as (array, client):
+        async with running(paths, faulty=True, device_timeout_s=4) as (array, client):
             disks = hasten(array)
             await client.write(0, b"x" * (4 * long))
             disks.fault(member="disk1", ops=(Op.WRITE,), lo=data_at(paths[1]), stuck=True, times=1)
@@ -446,7 +446,7 @@ def test_a_member_that_fails_while_its_late_write_lands_gives_the_buffer_back_on
     paths = make_images(tmp_path, delay=60)
 
     async def story() -> None:
-        async with running(paths, faulty=True, device_timeout_s=1) as (array, client):
+        async with running(paths, faulty=True, device_timeout_s=4) as (array, client):
             disks = hasten(array)
             await client.write(0, b"1" * BLOCK)
             stuck = disks.fault(member="disk1", ops=(Op.WRITE,), lo=data_at(paths[1]), stuck=True, times=1)
@@ -474,7 +474,7 @@ def test_a_write_given_up_on_the_last_good_member_keeps_its_range_until_it_has_l
     paths = make_images(tmp_path, delay=60)
 
     async def story() -> None:
-        async with running(paths, faulty=True, device_timeout_s=1) as (array, client):
+        async with running(paths, faulty=True, device_timeout_s=4) as (array, client):
             disks = hasten(array)
             disks.fault(member="disk1", ops=(Op.WRITE,), error=errno.EIO)
             await client.write(0, b"1" * BLOCK)
@@ -498,7 +498,7 @@ def test_slow_bits_do_not_count_against_the_members_that_get_the_data(tmp_path: 
     start, length, _ = slot_area(paths[1], 0)
 
     async def story() -> None:
-        async with running(paths, faulty=True, device_timeout_s=1) as (array, client):
+        async with running(paths, faulty=True, device_timeout_s=4) as (array, client):
             disks = hasten(array)
             disks.fault(member="disk1", ops=(Op.WRITE,), lo=start, hi=start + length, stuck=True, times=1)
             slow = disks.fault(member="disk0", ops=(Op.WRITE,), lo=data_at(paths[0]), stuck=True, times=1)
@@ -522,7 +522,7 @@ def test_a_stuck_copy_fails_its_target_and_a_stuck_source_is_read_elsewhere(tmp_
     target = Fault(member="disk2", ops=(Op.WRITE,), lo=far, hi=far + CHUNK, stuck=True, times=1)
 
     async def story() -> None:
-        async with running(paths, faulty=[source, target], device_timeout_s=1, tick_s=0.1) as (array, client):
+        async with running(paths, faulty=[source, target], device_timeout_s=4, tick_s=0.1) as (array, client):
             disks = disks_of(array)
             await until(lambda: source.hits)
             await until(lambda: disks.writes("disk2", lo=at, hi=at + CHUNK))

@@ -140,8 +140,7 @@ def test_rule_4_the_window_of_a_dead_resyncer_ends_when_its_bits_are_merged_and_
             inside = two.client.send(Kind.WRITE, 3 * CHUNK, b"2" * BLOCK)
             await cluster.kill(1)
             await until(lambda: reading.hits)
-            for _ in range(10):
-                await two.client.read(0, BLOCK)
+            await asyncio.wait((inside,), timeout=0.5)
             assert not inside.done(), "let go before the bits were merged"
             reading.end()
             two.disks.release()
@@ -185,8 +184,7 @@ def test_f7_a_write_that_waited_for_something_looks_at_the_windows_again(
                 two.disks.release()
                 await asyncio.wait_for(announcing, 10)
                 await answered(first)
-                for _ in range(10):
-                    await two.client.read(0, BLOCK)
+                await asyncio.sleep(0.3)  # nothing tells that nothing comes
                 assert len(two.disks.writes(lo=at, hi=at + BLOCK)) == 2, "a write slipped into the window"
             await answered(second)
 
@@ -562,7 +560,7 @@ def test_rule_16_a_read_that_was_given_up_lands_in_a_buffer_of_its_own(tmp_path:
             tried |= 1 << source.index
 
     async def story() -> None:
-        async with running(paths, faulty=True, device_timeout_s=1, tick_s=0.1) as (array, _):
+        async with running(paths, faulty=True, device_timeout_s=4, tick_s=0.1) as (array, _):
             disks = disks_of(array)
             disks.fault(member="disk0", ops=(Op.READ,), lo=at, hi=at + CHUNK, stuck=True, times=1)
             write = disks.fault(member="disk0", ops=(Op.WRITE,), lo=at, hi=at + CHUNK, stuck=True, times=1)
@@ -589,7 +587,7 @@ def test_rule_16_a_window_is_not_acknowledged_over_a_write_that_can_still_land(
     paths = clustered(tmp_path)
 
     async def story() -> None:
-        async with cluster_of(2, paths, faulty=True, device_timeout_s=1, tick_s=0.05) as cluster:
+        async with cluster_of(2, paths, faulty=True, device_timeout_s=4, tick_s=0.1) as cluster:
             await settled(cluster)
             one, two = cluster.nodes[1], cluster.nodes[2]
             at = data_at(paths[0])
@@ -629,7 +627,7 @@ def test_rule_16_the_window_stays_until_all_know_that_the_copys_target_is_out(
         return 0
 
     async def story() -> None:
-        async with cluster_of(2, paths, faulty=True, device_timeout_s=1, tick_s=0.05) as cluster:
+        async with cluster_of(2, paths, faulty=True, device_timeout_s=4, tick_s=0.1) as cluster:
             await settled(cluster)
             one, two = cluster.nodes[1], cluster.nodes[2]
             at = data_at(paths[0])
@@ -746,8 +744,7 @@ def test_rule_19_a_flush_covers_every_member(tmp_path: Path, flawed: bool) -> No
             before = len(disks.log)
             stuck = disks.fault(member="disk1", ops=(Op.FLUSH,), stuck=True, times=1)
             answer = client.send(Kind.FLUSH)
-            for _ in range(10):
-                await client.read(0, BLOCK)
+            await asyncio.sleep(0.3)  # nothing tells that nothing comes
             assert not answer.done() and stuck.hits, "answered before every member was flushed"
             disks.release()
             await answered(answer)

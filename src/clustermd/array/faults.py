@@ -87,6 +87,11 @@ class Faults:
                     self._release(errno.EIO)  # no disk is left that could take the record
                 await asyncio.sleep(RETRY_S)
                 continue
+            except Exception:
+                # Writes wait for this task, and it must not leave them.
+                state.log.exception("a failed member could not be recorded, unexpectedly")
+                await asyncio.sleep(RETRY_S)
+                continue
             if all(member.fault_recorded for member in state.members if member.faulty):
                 state.unpublished = False
                 state.trace.point("member.fault_recorded")

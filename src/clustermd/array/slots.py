@@ -175,6 +175,7 @@ class Slots:
         state = self.state
         length = self._geometry().bytes_per_node
         areas: dict[int, bytes] = {}
+        members = state.writable  # some may fail while they are read
         results = await asyncio.gather(
             *(
                 bounded(
@@ -182,11 +183,11 @@ class Slots:
                     member,
                     read_bytes(state.submitter, member.device, self._offset(member, slot), length),
                 )
-                for member in state.writable
+                for member in members
             ),
             return_exceptions=True,
         )
-        for member, result in zip(state.writable, results, strict=True):
+        for member, result in zip(members, results, strict=True):
             if isinstance(result, bytes):
                 areas[member.index] = result
             elif isinstance(result, OSError):

@@ -175,6 +175,11 @@ class Life:
                     self.log.warning("%s will be tried again: %s", key, error)
                 await asyncio.sleep(RETRY_S)
                 continue
+            except Exception:
+                # Nobody waits for this task: were it to end here, the array would never be whole again.
+                self.log.exception("%s failed unexpectedly and will be tried again", key)
+                await asyncio.sleep(RETRY_S)
+                continue
             break
         self._tasks.pop(key, None)
 
