@@ -124,6 +124,7 @@ class Arena:
     commands: list[Command] = field(default_factory=list)
     changes: int = 0
     _reporting: set[str] = field(default_factory=set)
+    _leaving: set[str] = field(default_factory=set)
     _later: list[_Later] = field(default_factory=list)
     _count: int = 0
 
@@ -356,12 +357,18 @@ class Arena:
     # --- load
 
     def start_load(self, node: Node) -> None:
+        """Have a client on that node, if it has none that goes on."""
         load = self.loads[node.name]
-        if not load.running:
+        if not load.running or node.name in self._leaving:
             self.end_load(node)
             stripe = ["--stripe", f"4/{load.number - 1}/{len(self.nodes)}"] if self.plan.side_by_side else []
             load.launch(*self.plan.load, *stripe)
             self._reporting.add(node.name)
+
+    def ask_load_to_stop(self, node: Node) -> None:
+        if self.loads[node.name].running:
+            self.loads[node.name].ask_to_stop()
+            self._leaving.add(node.name)
 
     def end_load(self, node: Node) -> None:
         """Take the report of a load whose server died, if it ever was connected."""
@@ -373,6 +380,7 @@ class Arena:
         load = self.loads[node.name]
         report = load.report()
         self._reporting.discard(node.name)
+        self._leaving.discard(node.name)
         self.reports.append((node, report))
         wrong = [error for error in report.errors if not error.endswith(f"error {SHUT_DOWN}")]
         if wrong:

@@ -126,8 +126,8 @@ def leave(arena: Arena, dice: Random) -> None:
     """A node stops the array; it may come back soon."""
     node = _some_node(arena, dice)
     force = dice.random() < 0.5
-    if not force and arena.loads[node.name].running:
-        arena.loads[node.name].ask_to_stop()
+    if not force:
+        arena.ask_load_to_stop(node)
         arena.pass_time(dice.uniform(0.0, 0.5))
     _leave(arena, node, force)
     if dice.random() < 0.6:
