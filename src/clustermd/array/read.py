@@ -16,6 +16,7 @@ from clustermd.array.member import Member
 from clustermd.array.request import Request
 from clustermd.array.state import ArrayState
 from clustermd.device.member_device import Op
+from clustermd.errors import Refused
 
 
 class ReadOp:
@@ -141,9 +142,12 @@ class Reader:
         """Give up reads older than `limit_ticks` seconds and read elsewhere, into another buffer."""
         stuck = 0
         for op in [op for op in self.in_flight if self.state.tick - op.tick > limit_ticks]:
+            try:
+                op.request.buffer = self.state.submitter.pool.take(op.request.length_bytes)
+            except Refused:
+                continue  # no memory now: the next second tries again
             stuck |= 1 << op.member.index
             op.given_up = True
             op.member.stuck += 1
-            op.request.buffer = self.state.submitter.pool.take(op.request.length_bytes)
             self.failed(op, -errno.ETIMEDOUT)
         return stuck

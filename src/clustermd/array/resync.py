@@ -196,6 +196,12 @@ class Resync:
                 await asyncio.sleep(RETRY_S)
                 self._wake.set()
                 continue
+            except Exception:
+                # Nobody waits for this task: were it to end here, copies would stay different.
+                state.log.exception("the resync failed unexpectedly and begins again")
+                await asyncio.sleep(RETRY_S)
+                self._wake.set()
+                continue
             self._status = None
             if not self._wake.is_set():
                 self._quiet.set()
