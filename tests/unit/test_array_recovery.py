@@ -415,3 +415,29 @@ def test_a_resync_reads_around_bad_blocks(tmp_path: Path) -> None:
 
     run(story())
     assert data_of(paths[0])[:CHUNK] == data_of(paths[1])[:CHUNK] == b"1" * CHUNK
+
+
+def test_a_resync_leaves_what_no_member_can_deliver_and_makes_the_rest_equal(tmp_path: Path) -> None:
+    paths = make_images(tmp_path, delay=60)
+    poke(paths[1], 0, b"1" * (4 * CHUNK))
+    at = superblock_of(paths[0]).data_offset * 512
+    bad = CHUNK + 8 * 512
+
+    async def story() -> None:
+        async with running(paths, faulty=True) as (array, client):
+            fault = disks_of(array).fault(ops=(Op.READ,), lo=at + bad, hi=at + bad + 512, error=errno.EIO)
+            array.state.the_bitmap().mark([0, 1, 3])
+            array.resync.wake()
+            await asyncio.wait_for(array.idle(), 20)
+            with pytest.raises(OSError, match="Input/output"):
+                await client.read(bad, 512)
+            fault.end()
+            for _ in range(3):
+                await array.sweep.once()
+            assert dirty_chunks(paths[0]) == dirty_chunks(paths[1]) == [1]
+            assert not any(member.faulty for member in array.members())
+
+    run(story())
+    first, second = data_of(paths[0]), data_of(paths[1])
+    differing = [n for n in range(0, 4 * CHUNK, BLOCK) if first[n : n + BLOCK] != second[n : n + BLOCK]]
+    assert [n for n in differing if not 2 * CHUNK <= n < 3 * CHUNK] == [bad]

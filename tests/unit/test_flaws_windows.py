@@ -481,8 +481,8 @@ def test_rule_9_a_discard_goes_down_only_where_every_member_then_reads_zeroes(
 def test_rule_8_a_window_moves_only_past_copies_that_are_done(tmp_path: Path, flawed: bool) -> None:
     paths = clustered(tmp_path)
 
-    async def fire_and_forget(self: Resync, steps: list[tuple[int, int]]) -> None:
-        tasks = [asyncio.ensure_future(self._copy(lo, hi)) for lo, hi in steps]
+    async def fire_and_forget(self: Resync, steps: list[tuple[int, int]], copy: Any) -> None:
+        tasks = [asyncio.ensure_future(copy(lo, hi)) for lo, hi in steps]
         self.state.tasks.update(tasks)
         await asyncio.sleep(0)
 

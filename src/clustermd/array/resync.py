@@ -32,6 +32,7 @@ from clustermd.ondisk.superblock import MAX_SECTOR
 
 WINDOW_SECTORS = 65536
 STEP_SECTORS = 512
+PIECE_SECTORS = 8
 DEPTH = 8
 WINDOW_S = 0.25
 MARK_S = 3.0
@@ -44,6 +45,13 @@ WHOLE_SHARE = 0.9
 
 class CopyFailed(Exception):
     """A step could not be done; the pass ends and begins anew with the members that are left."""
+
+
+class Unreadable(CopyFailed):
+    """No member can deliver a range."""
+
+
+Copy = Callable[[int, int], Awaitable[None]]
 
 
 class Step:
@@ -158,6 +166,7 @@ class Resync:
         self._pace = Pace(state, limits)
         self._quiet = asyncio.Event()
         self._touched: set[int] = set()
+        self._holes: set[int] = set()  # chunks with ranges that no member can deliver
 
     # --- the task ---------------------------------------------------------------------------------
 
@@ -281,7 +290,8 @@ class Resync:
             await self._flush_touched()
             for finished in done:
                 if serials.pop(finished, -1) == bitmap.mark_serial:
-                    bitmap.reconciled(finished, state.degraded > 0)
+                    bitmap.reconciled(finished, state.degraded > 0 or finished in self._holes)
+                    self._holes.discard(finished)
                     state.counters.resynced_chunks += 1
             state.trace.point("resync.copied", lo=lo, hi=hi)
             position = hi
@@ -313,13 +323,13 @@ class Resync:
         for group in range(0, len(steps), DEPTH):
             part = steps[group : group + DEPTH]
             self._progress("resync", part[0][0], state.array_sectors)
-            await self._steps(part)
+            await self._steps(part, self._copy_around)
             await self._pace.account(sum(end - start for start, end in part))
         return finished
 
-    async def _steps(self, steps: list[tuple[int, int]]) -> None:
+    async def _steps(self, steps: list[tuple[int, int]], copy: Copy) -> None:
         """Copy several ranges at once; all have ended when this returns or raises."""
-        tasks = [asyncio.ensure_future(self._copy(lo, hi)) for lo, hi in steps]
+        tasks = [asyncio.ensure_future(copy(lo, hi)) for lo, hi in steps]
         try:
             results = await asyncio.gather(*tasks, return_exceptions=True)
         except asyncio.CancelledError:
@@ -329,6 +339,22 @@ class Resync:
         for result in results:
             if isinstance(result, BaseException):
                 raise result
+
+    async def _copy_around(self, lo: int, hi: int) -> None:
+        """Copy what can be read. Where no member can be, none answers a reader, so none contradicts another.
+
+        The chunk keeps its bit: what cannot be read now may be readable some day. A recovery is another matter, its
+        target would answer.
+        """
+        try:
+            await self._copy(lo, hi)
+        except Unreadable as error:
+            if hi - lo > PIECE_SECTORS:
+                for at in range(lo, hi, PIECE_SECTORS):
+                    await self._copy_around(at, min(at + PIECE_SECTORS, hi))
+                return
+            self.state.log.error("left as it is: %s", error)
+            self._holes.add(lo // self.state.the_bitmap().chunk_sectors)
 
     async def _copy(self, lo: int, hi: int) -> None:
         """Read [lo, hi) from the first copy, write it to all others that work."""
@@ -359,10 +385,11 @@ class Resync:
         """The member that delivered, and what. A read that was given up keeps its buffer: it may still land."""
         state = self.state
         tried = 0
+        stuck = False
         while True:
             source = state.first_copy(lo, hi, tried)
             if source is None:
-                raise CopyFailed(f"no member can deliver sectors {lo} to {hi}")
+                raise (CopyFailed if stuck else Unreadable)(f"no member can deliver sectors {lo} to {hi}")
             shared = Shared(state.submitter.pool.take(length))
             try:
                 result = await transfer(state, source, Op.READ, lo, length, shared)
@@ -376,6 +403,7 @@ class Resync:
                 raise OSError(errno.ESHUTDOWN, "the gate is shut")
             state.log.warning("%s: read error in a resync at sector %d (%d)", source.path, lo, result)
             tried |= 1 << source.index
+            stuck = stuck or result == -errno.ETIMEDOUT
 
     async def _flush_touched(self) -> None:
         """What was copied is durable before anything relies on it (rule 15)."""
@@ -409,7 +437,7 @@ class Resync:
             for group in range(0, len(steps), DEPTH):
                 part = steps[group : group + DEPTH]
                 self._progress("recovery", part[0][0], state.array_sectors)
-                await self._steps(part)
+                await self._steps(part, self._copy)
                 await self._pace.account(sum(end - start for start, end in part))
             await self._flush_touched()
             for member in targets:
