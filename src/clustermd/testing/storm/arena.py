@@ -43,7 +43,7 @@ class Finding(AssertionError):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a storm is made of. Drawn from the seed by `storm.plan_of`."""
+    """What a storm is made of. Drawn from the seed by `storm.plan_of`. Disks are slow only under threads."""
 
     seed: int
     members: int
@@ -57,6 +57,7 @@ class Plan:
     unresponsive_s: float
     linger_s: float
     threads: bool
+    slow_ms: int
 
     @property
     def load(self) -> tuple[str, ...]:
@@ -73,6 +74,7 @@ class Plan:
             "CLUSTERMD_UNRESPONSIVE_S": str(self.unresponsive_s),
             "CLUSTERMD_LINGER_S": str(self.linger_s),
             "CLUSTERMD_IO": "threads" if self.threads else "auto",
+            "CLUSTERMD_STORM_SLOW_MS": str(self.slow_ms) if self.threads else "",
         }
 
 
@@ -378,9 +380,14 @@ class Arena:
     def take_report(self, node: Node) -> None:
         """Wait for the end of a load and keep its report. Raises Finding for an error it saw."""
         load = self.loads[node.name]
-        report = load.report()
+        asked = node.name in self._leaving
         self._reporting.discard(node.name)
         self._leaving.discard(node.name)
+        if asked:
+            wait_until(lambda: not load.running, f"the end of the client of {node.name}", LAND_S)
+            if not load.report_path.exists():
+                return  # it was asked to stop before it had begun
+        report = load.report()
         self.reports.append((node, report))
         wrong = [error for error in report.errors if not error.endswith(f"error {SHUT_DOWN}")]
         if wrong:

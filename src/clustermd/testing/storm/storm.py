@@ -54,7 +54,8 @@ def plan_of(seed: int) -> Plan:
         side_by_side=dice.random() < 0.6,
         unresponsive_s=3.0,
         linger_s=2.0,
-        threads=dice.random() < 0.25,
+        threads=dice.random() < 0.5,
+        slow_ms=dice.choice((0, 3, 20, 60)),
     )
 
 
