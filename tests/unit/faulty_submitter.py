@@ -4,7 +4,8 @@ A `Fault` says which requests it means (member, operation, byte range on the dev
 get: an error, a short transfer, or nothing at all until the test lets them go (`stuck`). What no fault means
 goes to the real submitter untouched, so gate, batches, sweeps and real files stay what they are. A request that
 gets an error moves nothing; instead a read into a buffer of our own is made, so that its completion comes in a real
-sweep. A stuck request counts as in flight. `release` lets it land late, as a slow disk would.
+sweep. A stuck request has passed the gate and counts as in flight. `release` lets it land late, as a slow disk would,
+whatever has become of the gate meanwhile: it goes through a submitter of its own.
 
 `log` holds every request that was queued, in order, and `done` every completion.
 """
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clustermd.device.member_device import Buffer, BufferPool, Gate, GateState, MemberDevice, Op, Target
+from clustermd.device.submitter import make_submitter
 from clustermd.device.sweep import run_one
 
 SCRATCH_BYTES = 4096
@@ -124,6 +126,8 @@ class FaultySubmitter:
         self.stuck: list[Io] = []
         self.wrapped: dict[int, Target] = {}
         self._moved: list[asyncio.Future[None]] = []
+        self._late = make_submitter(pool_bytes=1 << 20)
+        self._late.after_sweep(self.inner.submit)
 
     def fault(self, **what: Any) -> Fault:
         """Add a fault; see `Fault`."""
@@ -146,24 +150,32 @@ class FaultySubmitter:
         io = Io(device.path, op, offset_bytes, length_bytes, fua)
         self.log.append(io)
         fault = None
-        if self.gate.state is not GateState.SHUT:
+        if self.gate.state is GateState.OPEN:
             fault = next((fault for fault in self.faults if fault.means(io)), None)
 
-        def real(result: int | None = None, length: int = length_bytes) -> None:
-            recorder = _Recorder(self, io, target, tag, result)
+        def real(length: int = length_bytes, through: Any = self.inner) -> None:
+            recorder = _Recorder(self, io, target, tag)
             self.wrapped[id(target)] = recorder
-            self.inner.queue(device, op, offset_bytes, length, buffer, buffer_offset, recorder, tag, fua)
+            through.queue(device, op, offset_bytes, length, buffer, buffer_offset, recorder, tag, fua)
 
-        def fails(error: int) -> None:
+        def fails(error: int, through: Any = self.inner) -> None:
             scratch = self.pool.take(SCRATCH_BYTES)
             recorder = _Recorder(self, io, target, tag, -error, scratch)
             self.wrapped[id(target)] = recorder
-            self.inner.queue(device, Op.READ, 0, SCRATCH_BYTES, scratch, 0, recorder, tag)
+            through.queue(device, Op.READ, 0, SCRATCH_BYTES, scratch, 0, recorder, tag)
+
+        def land() -> None:
+            real(through=self._late)
+            self._late.submit()
+
+        def fail(error: int) -> None:
+            fails(error, self._late)
+            self._late.submit()
 
         if fault is None:
             real()
         elif fault.stuck:
-            io.land, io.fail = real, fails
+            io.land, io.fail = land, fail
             self.stuck.append(io)
         elif fault.error:
             fails(fault.error)
@@ -180,7 +192,6 @@ class FaultySubmitter:
                 io.fail(error)
             else:
                 io.land()
-        self.inner.submit()
         for moved in self._moved:
             if not moved.done():
                 moved.set_result(None)
@@ -197,6 +208,7 @@ class FaultySubmitter:
 
     def after_sweep(self, listener: Callable[[], None]) -> None:
         self.inner.after_sweep(listener)
+        self._late.after_sweep(listener)
 
     def _withdraw(self, target: Target) -> bool:
         withdrawn: bool = self.inner._withdraw(self.wrapped.get(id(target), target))
@@ -218,7 +230,7 @@ class FaultySubmitter:
 
     @property
     def in_flight(self) -> int:
-        return int(self.inner.in_flight) + len(self.stuck)
+        return int(self.inner.in_flight) + self._late.in_flight + len(self.stuck)
 
     async def drained(self) -> None:
         while self.in_flight:
@@ -228,12 +240,15 @@ class FaultySubmitter:
                 await moved
             else:
                 await self.inner.drained()
+                await self._late.drained()
 
     async def close(self) -> None:
         """A disk that is stuck for ever would keep a real process in the kernel; here its requests end."""
         self.well()
         self.release(error=errno.EIO)
+        await self._late.drained()
         await self.inner.close()
+        await self._late.close()
 
     # --- for tests ----------------------------------------------------------------------------------
 

@@ -165,6 +165,28 @@ def test_a_member_may_have_twenty_read_errors_and_no_more(tmp_path: Path, length
     run(story())
 
 
+def test_a_repair_that_meets_a_shut_gate_fails_nobody(tmp_path: Path) -> None:
+    paths = make_images(tmp_path)
+
+    async def story() -> None:
+        async with running(paths, faulty=True) as (array, client):
+            disks = disks_of(array)
+            at = data_at(paths[0])
+            array.state.settled = False
+            disks.fault(member="disk0", ops=(Op.READ,), lo=at, error=errno.EIO, times=1)
+            rewriting = disks.fault(member="disk0", ops=(Op.WRITE,), lo=at, stuck=True, times=1)
+            await client.read(0, BLOCK)
+            await until(lambda: rewriting.hits)
+            array.state.gate.shut("the test says so")
+            disks.release()
+            task = array.repair._task
+            assert task is not None
+            await asyncio.wait_for(task, 10)
+            assert not any(member.faulty for member in array.members())
+
+    run(story())
+
+
 def test_a_range_no_member_can_read_is_an_error_and_fails_nobody(tmp_path: Path) -> None:
     paths = make_images(tmp_path)
 
@@ -500,6 +522,7 @@ def test_slow_bits_do_not_count_against_the_members_that_get_the_data(tmp_path: 
     async def story() -> None:
         async with running(paths, faulty=True, device_timeout_s=4) as (array, client):
             disks = hasten(array)
+            await client.write(9 * CHUNK, b"0" * BLOCK)
             disks.fault(member="disk1", ops=(Op.WRITE,), lo=start, hi=start + length, stuck=True, times=1)
             slow = disks.fault(member="disk0", ops=(Op.WRITE,), lo=data_at(paths[0]), stuck=True, times=1)
             answer = client.send(Kind.WRITE, 0, b"x" * BLOCK)

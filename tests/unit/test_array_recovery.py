@@ -150,6 +150,18 @@ def test_a_stop_records_how_far_a_recovery_came(tmp_path: Path) -> None:
     assert data_of(paths[0]) == data_of(paths[1])
 
 
+def test_an_old_checkpoint_does_not_take_back_what_was_filled_since(tmp_path: Path) -> None:
+    paths = make_images(tmp_path)
+
+    async def story() -> None:
+        async with running(paths) as (array, _):
+            await array.resync._record([array.members()[1]], 4096)
+            assert array.members()[1].in_sync
+
+    run(story())
+    assert not superblock_of(paths[1]).feature_map & FeatureMap.RECOVERY_OFFSET
+
+
 def test_writes_during_a_recovery_are_on_both_members_and_their_bits_go_after_it(tmp_path: Path) -> None:
     paths = make_images(tmp_path, delay=60)
     different_halves(paths, 0)
@@ -303,12 +315,14 @@ def test_the_end_of_a_recovery_that_a_peer_could_not_follow_is_said_again(tmp_pa
     async def story() -> None:
         async with cluster_of(2, paths, faulty=True, limits=lambda: (1, 1)) as cluster:
             one, two = cluster.nodes[1], cluster.nodes[2]
+            await one.client.write(0, b"w" * BLOCK)
             unreadable = two.disks.fault(ops=(Op.READ,), lo=4096, hi=8192, error=errno.EIO, times=6)
             for node in (one, two):
                 node.array.resync.limits = node.array.resync._pace._limits = lambda: (10**6, 10**6)
             await until(lambda: all(node.array.members()[1].in_sync for node in (one, two)))
             assert unreadable.hits or two.array.members()[1].in_sync
             await until(lambda: not one.array.state.held and not two.array.state.held)
+            await until(lambda: not one.array.state.the_bitmap().needed(0))
             await settled(cluster)
 
     run(story())

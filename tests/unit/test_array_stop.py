@@ -128,6 +128,27 @@ def test_a_stop_does_not_wait_for_ever_for_a_member_that_does_not_answer(tmp_pat
     run(story())
 
 
+def test_a_stop_over_a_write_that_the_last_good_member_does_not_answer(tmp_path: Path) -> None:
+    paths = make_images(tmp_path, delay=60)
+
+    async def story() -> None:
+        async with running(paths, faulty=True, stop=False, device_timeout_s=4, tick_s=0.1) as (array, client):
+            disks = disks_of(array)
+            disks.fault(member="disk1", ops=(Op.WRITE,), error=errno.EIO)
+            await client.write(0, b"0" * BLOCK)
+            disks.fault(member="disk0", ops=(Op.WRITE,), lo=data_at(paths[0]), stuck=True, times=1)
+            assert await answer_of(client.send(Kind.WRITE, 0, b"1" * BLOCK)) == errno.EIO
+            behind = client.send(Kind.WRITE, 0, b"2" * BLOCK)
+            stopping = asyncio.ensure_future(array.stop())
+            await until(lambda: array.state.held == "stopped")
+            disks.well()
+            disks.release()
+            await asyncio.wait_for(stopping, 10)
+            assert await answer_of(behind) == errno.ESHUTDOWN
+
+    run(story())
+
+
 def test_a_stop_answers_everything_once_whatever_it_waits_for(tmp_path: Path) -> None:
     """Requests in flight, behind one another, behind their bits; sent before, while and after the array stops."""
     paths = make_images(tmp_path)
@@ -286,6 +307,39 @@ def test_a_stop_ends_although_the_group_is_gone(tmp_path: Path) -> None:
             await stopped(cluster, one, 15)
             await cluster.kill(2)
             del two
+
+    run(story())
+
+
+def test_what_a_leaving_node_has_decided_to_leave_is_not_added_to(tmp_path: Path) -> None:
+    """A takeover after the last look at its own bits would be handed over by nobody: others do it."""
+    paths = clustered(tmp_path)
+
+    async def story() -> None:
+        async with cluster_of(3, paths) as cluster:
+            await settled(cluster)
+            one, two, three = (cluster.nodes[number] for number in (1, 2, 3))
+            await three.client.write(3 * CHUNK, b"3" * BLOCK)
+            clean, looked, go_on = one.array.sweep.clean, asyncio.Event(), asyncio.Event()
+
+            async def slowly() -> bool:
+                result = await clean()
+                looked.set()
+                await go_on.wait()
+                return result
+
+            one.array.sweep.clean = slowly  # type: ignore[method-assign]
+            stopping = asyncio.ensure_future(one.array.stop())
+            await asyncio.wait_for(looked.wait(), 10)
+            await cluster.kill(3)
+            poke(paths[1], 3 * CHUNK, b"0" * BLOCK)
+            await until(lambda: "takeover.done" in two.names())
+            go_on.set()
+            await asyncio.wait_for(stopping, 10)
+            del cluster.nodes[1]
+            await settled(cluster)
+            assert data_of(paths[0]) == data_of(paths[1])
+            assert dirty_chunks(paths[0], 0) == dirty_chunks(paths[0], 2) == []
 
     run(story())
 

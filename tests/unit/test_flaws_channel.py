@@ -696,10 +696,13 @@ def test_a_fault_that_was_not_recorded_when_the_session_was_lost_is_recorded_in_
             at = data_at(paths[0])
             one.disks.fault(member="disk1", ops=(Op.WRITE,), lo=at, error=errno.EIO)
             slow = one.disks.fault(member="disk0", ops=(Op.WRITE,), lo=at + CHUNK, stuck=True, times=1)
-            first = one.client.send(Kind.WRITE, 0, b"1" * BLOCK)
-            second = one.client.send(Kind.WRITE, CHUNK, b"2" * BLOCK)
-            await until(lambda: one.array.members()[1].faulty and slow.hits)
-            number = one.lose_session()
+            async with channel_of(two).token():
+                first = one.client.send(Kind.WRITE, 0, b"1" * BLOCK)
+                await until(lambda: one.array.members()[1].faulty)
+                second = one.client.send(Kind.WRITE, CHUNK, b"2" * BLOCK)
+                await until(lambda: slow.hits)
+                number = one.lose_session()
+                await asyncio.sleep(0.05)  # the tasks of this life have ended, the disk has not
             one.disks.release()
             await one.disks.drained()
             one.end_session(number)
