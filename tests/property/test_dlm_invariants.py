@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-
-from dlm_invariants import Checker, is_down
 
 from clustermd.dlm.effects import Bast, Cast, Effect, SessionKey
 from clustermd.dlm.engine import Engine
 from clustermd.dlm.modes import EAGAIN, ECANCEL, EDEADLK, EUNLOCK, Flag, Mode, StatusFlag
 from clustermd.dlm.resource import LVB_DIRECTION, VALNOTVALID
 from clustermd.dlm.snapshot import dump_engine, load_engine
+from clustermd.testing.locks.invariants import Checker, is_down
 
 SPACE = "array"
 NAMES = (b"token", b"bitmap0000")

@@ -1,25 +1,20 @@
 """Storms over replicas: clients, joins, deaths and sequencer deaths at any point between two deliveries.
 
 Replicas agree after every entry, clients never hold what excludes each other, and when all is
-quiet no operation has been lost. `Cluster` (tests/unit/dlm_cluster.py) does the checking.
+quiet no operation has been lost. `Cluster` (`clustermd.testing.locks.replicas`) does the checking.
 """
 
 from __future__ import annotations
 
 import random
-import sys
 from collections import Counter
-from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-
-from dlm_cluster import Client, Cluster, Node
-
 from clustermd.dlm.modes import Flag
 from clustermd.group.process_group import Left
+from clustermd.testing.locks.replicas import Client, Cluster, Node
 
 SPACE = "array"
 NAMES = (b"token", b"message", b"bitmap0000")

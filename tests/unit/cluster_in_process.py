@@ -15,7 +15,6 @@ from typing import Any
 
 from array_kit import Client, abandon, tasks_of
 from faulty_submitter import Fault, FaultySubmitter
-from memory_group import MemoryGroup, Port, newcomer_reads_from_here
 
 from clustermd.array.array import Array
 from clustermd.array.assemble import load_members
@@ -26,6 +25,7 @@ from clustermd.device.submitter import make_submitter
 from clustermd.dlm.lockspace import Lockspace, LockspaceEvents
 from clustermd.dlm.replica import Replica
 from clustermd.dlm.session import Session
+from clustermd.testing.locks.order import MemoryGroup, Port, newcomer_reads_from_here
 from clustermd.trace import Trace
 
 

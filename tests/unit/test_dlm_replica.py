@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from dlm_cluster import Client, Cluster, Node
-
 from clustermd.dlm.agreement import ACK_EVERY
 from clustermd.dlm.messages import CONFIG
 from clustermd.dlm.modes import Flag, Mode
 from clustermd.group.process_group import Left
+from clustermd.testing.locks.replicas import Client, Cluster, Node
 
 SPACE = "array"
 

@@ -7,13 +7,13 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 import pytest
-from memory_group import MemoryGroup
 
 from clustermd.dlm.lockspace import Lock, Lockspace, LockspaceEvents, Slot
 from clustermd.dlm.modes import Mode
 from clustermd.dlm.replica import Replica
 from clustermd.dlm.session import Session, SessionLockspace
 from clustermd.errors import BadBytes, ClusterLost, LockRefused
+from clustermd.testing.locks.order import MemoryGroup
 from clustermd.trace import Trace
 
 T = TypeVar("T")
