@@ -8,6 +8,10 @@ chunks. Up to `--depth` requests are in flight, never two on one block. A write 
 before it is sent and as acknowledged before its blocks are written again (`write_log`). Some
 requests are reads of idle blocks, judged on the spot; some are flushes; some writes carry FUA.
 
+With `--cross-read-percent` some requests read blocks of `--cross-blocks`, whoever writes them and whether or not a
+write is under way; nobody can judge those on the spot. Every read is recorded beside the log (`history_log`),
+and `register_history` judges them all afterwards.
+
 Started again with the same log it goes on where that ended: it first reads each block in doubt.
 
 The report (`--report`, JSON) is written when it ends: after `--seconds`, on SIGTERM, or when the
@@ -28,6 +32,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from clustermd.testing.blocks import BLOCK_BYTES, content, parse
+from clustermd.testing.history_log import ReadLogWriter
 from clustermd.testing.judge import judge_block
 from clustermd.testing.nbd_client import FUA, Command, Disconnected, NbdClient, Reply
 from clustermd.testing.write_log import Kind, Knowledge, LogWriter, knowledge_of_logs
@@ -50,6 +55,7 @@ class Plan:
     """What to do. Blocks are `first_block` to `end_block - 1`; `hot_blocks` get most requests.
 
     `stripe` (size, index, count): of each `count` stripes of `size` blocks the one numbered `index` is ours.
+    `cross_blocks` (first, end): the blocks that cross reads choose from, None for all of the export.
     """
 
     node: int
@@ -65,6 +71,8 @@ class Plan:
     fua_percent: int = 5
     flush_percent: int = 1
     stripe: tuple[int, int, int] = (1, 0, 1)
+    cross_read_percent: int = 0
+    cross_blocks: tuple[int, int] | None = None
 
 
 @dataclass(slots=True)
@@ -76,6 +84,7 @@ class Report:
     started_ns: int = 0
     ended_ns: int = 0
     reads: int = 0
+    cross_reads: int = 0
     writes: int = 0
     flushes: int = 0
     in_flight_at_end: int = 0
@@ -106,6 +115,7 @@ class _Request:
     count: int
     sent_ns: int
     generations: list[tuple[int, int]] = field(default_factory=list)
+    cross: bool = False
 
 
 class Exerciser:
@@ -117,11 +127,15 @@ class Exerciser:
         size, _, stripes = plan.stripe
         if min(plan.hot_blocks or plan.end_block, plan.end_block - plan.first_block) < size * stripes:
             raise ValueError(f"there are too few blocks for {stripes} stripes of {size}")
+        self._cross_blocks = plan.cross_blocks or (0, client.size_bytes // BLOCK_BYTES)
+        if not 0 <= self._cross_blocks[0] < self._cross_blocks[1] <= client.size_bytes // BLOCK_BYTES:
+            raise ValueError("the blocks of cross reads are not all inside the export")
         self._client = client
         self._plan = plan
         self._random = random.Random(f"{plan.seed}/{plan.node}")
         self._known = knowledge_of_logs([log_path])
         self._log = LogWriter(log_path, plan.node)
+        self._reads = ReadLogWriter(log_path, plan.node)
         self._requests: dict[int, _Request] = {}
         self._busy: set[int] = set()
         self._stopping = False
@@ -147,6 +161,7 @@ class Exerciser:
             if report.ended != DISCONNECTED:
                 self._took(request, now)
         self._log.close()
+        self._reads.close()
         return report
 
     def _settle_doubts(self) -> None:
@@ -191,6 +206,9 @@ class Exerciser:
             handle = self._client.send(Command.FLUSH)
             self._requests[handle] = _Request(Command.FLUSH, 0, 0, time.monotonic_ns())
             return 1
+        if 0 <= roll - plan.flush_percent - plan.read_percent < plan.cross_read_percent:
+            self._read_across()
+            return 1
         for _ in range(_TRIES_FOR_IDLE_BLOCKS):
             block, count = self._choose()
             if self._busy.isdisjoint(range(block, block + count)):
@@ -219,9 +237,20 @@ class Exerciser:
         return block, min(count, end - block)
 
     def _read(self, block: int, count: int) -> None:
+        # The time before the send: the server may have read before the send returns.
+        now = time.monotonic_ns()
         handle = self._client.send(Command.READ, block * BLOCK_BYTES, count * BLOCK_BYTES)
-        self._requests[handle] = _Request(Command.READ, block, count, time.monotonic_ns())
+        self._requests[handle] = _Request(Command.READ, block, count, now)
         self._busy.update(range(block, block + count))
+
+    def _read_across(self) -> None:
+        """Read blocks of whomever; what else is in flight there does not matter."""
+        first, end = self._cross_blocks
+        block = self._random.randrange(first, end)
+        count = min(self._random.randint(1, self._plan.max_blocks), end - block)
+        now = time.monotonic_ns()
+        handle = self._client.send(Command.READ, block * BLOCK_BYTES, count * BLOCK_BYTES)
+        self._requests[handle] = _Request(Command.READ, block, count, now, cross=True)
 
     def _write(self, block: int, count: int, flags: int) -> None:
         generations = []
@@ -240,9 +269,10 @@ class Exerciser:
         self._requests[handle] = request
 
     def _answer(self, reply: Reply) -> None:
-        request = self._requests.pop(reply.handle)
-        self._took(request, time.monotonic_ns())
-        self._busy.difference_update(range(request.block, request.block + request.count))
+        request, now = self._requests.pop(reply.handle), time.monotonic_ns()
+        self._took(request, now)
+        if not request.cross:
+            self._busy.difference_update(range(request.block, request.block + request.count))
         if reply.error:
             self._wrong(
                 f"{request.command.name} of {request.count} blocks at {request.block}: error {reply.error}"
@@ -253,6 +283,10 @@ class Exerciser:
             for block, generation in request.generations:
                 self._known[block].floor = generation
         elif request.command is Command.READ:
+            self._reads.append(request.block, reply.data, request.sent_ns, now)
+            if request.cross:
+                self._report.cross_reads += 1
+                return
             self._report.reads += 1
             for number in range(request.count):
                 self._verify(
@@ -316,6 +350,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--read-percent", type=int, default=20)
     parser.add_argument("--fua-percent", type=int, default=5)
     parser.add_argument("--flush-percent", type=int, default=1)
+    parser.add_argument(
+        "--cross-read-percent", type=int, default=0, help="reads of blocks that others write, too"
+    )
+    parser.add_argument("--cross-blocks", type=_range, metavar="A..B", help="what those read (default: all)")
     parser.add_argument("--stripe", type=_stripe, default=(1, 0, 1), metavar="SIZE/INDEX/COUNT")
     return parser
 
