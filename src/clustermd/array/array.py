@@ -117,6 +117,7 @@ class Array:
         state.clean = assembly.reference.resync_offset == MAX_SECTOR
         state.active = not state.clean
         submitter.after_sweep(self.bitmap_writer.kick)
+        state.gate.listen(self._gate_changed)
 
     # --- Volume -----------------------------------------------------------------------------------
 
@@ -265,6 +266,16 @@ class Array:
             self.resync.wake()
         self.changed()
 
+    def _gate_changed(self, gate: GateState) -> None:
+        trace, why = self.state.trace, self.state.gate.reason
+        match gate:
+            case GateState.OPEN:
+                trace.point("gate.open")
+            case GateState.HELD:
+                trace.point("gate.held", reason=why)
+            case GateState.SHUT:
+                trace.point("gate.shut", reason=why)
+
     # --- losing the cluster and coming back -----------------------------------------------------------
 
     async def _stay_member(self) -> None:
@@ -303,6 +314,7 @@ class Array:
         state.submitter.submit()
         await state.submitter.drained()
         await self._no_writes()
+        state.trace.point("array.drained", slot=state.slot)
         state.windows.clear()
         state.bitmap = None  # its pages belong to a slot that is not ours any more
 
@@ -378,6 +390,10 @@ class Array:
         return chunks
 
     def set_window(self, slot: int, lo: int, hi: int) -> None:
+        if hi > lo:
+            self.state.trace.point(
+                "window.set", slot=slot, lo=lo, hi=hi
+            )  # first: setting it may let writes go
         self.state.windows.set(slot, lo, hi)
         self.changed()
 
@@ -392,6 +408,7 @@ class Array:
         while True:
             holders = [holder for holder in self.state.ranges.within(lo, hi) if isinstance(holder, WriteOp)]
             if not holders:
+                self.state.trace.point("window.quiesced", lo=lo, hi=hi)
                 return True
             if any(holder.settling for holder in holders):
                 return False

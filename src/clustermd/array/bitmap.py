@@ -25,6 +25,7 @@ overtake a newer one. Nothing here does I/O.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 
 from clustermd.ondisk.bitmap_bits import BitmapGeometry
@@ -35,6 +36,18 @@ COUNT_MAX = 16383
 PAGE_BYTES = 4096
 HEADER_BYTES = 256
 COUNTERS_PER_PAGE = 2048
+_NOT_ZERO = re.compile(rb"[^\0]", re.DOTALL)
+
+
+def chunks_in(page: int, content: bytes) -> list[int]:
+    """The chunks whose bit is set in page number `page` of a slot with that content."""
+    first = (page * PAGE_BYTES - HEADER_BYTES) * 8
+    return [
+        first + found.start() * 8 + bit
+        for found in _NOT_ZERO.finditer(content, HEADER_BYTES if page == 0 else 0)
+        for bit in range(8)
+        if content[found.start()] >> bit & 1
+    ]
 
 
 class Bitmap:

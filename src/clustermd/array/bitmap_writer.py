@@ -12,7 +12,7 @@ import errno
 from collections.abc import Callable
 from typing import Protocol
 
-from clustermd.array.bitmap import PAGE_BYTES
+from clustermd.array.bitmap import PAGE_BYTES, chunks_in
 from clustermd.array.member import Member
 from clustermd.array.state import ArrayState
 from clustermd.device.member_device import Buffer, Op
@@ -71,6 +71,16 @@ class Batch:
             self.on_way[index] = left
         else:
             del self.on_way[index]
+            state = self.writer.state
+            if state.trace.on:
+                state.trace.point(
+                    "bitmap.member",
+                    slot=state.slot,
+                    member=state.members[index].number,
+                    good=bool(self.succeeded >> index & 1) and not self.failed >> index & 1,
+                    left=len(self.on_way),
+                    writes=len(self.writing),
+                )
             self.writer.answered(self)
 
 
@@ -103,7 +113,12 @@ class BitmapWriter:
 
     def _start(self, pages: dict[int, bytes]) -> None:
         state = self.state
-        state.trace.point("bitmap.flush", pages=list(pages), slot=state.slot)
+        if state.trace.on:
+            chunks = [chunk for page, content in pages.items() for chunk in chunks_in(page, content)]
+            writes = len(self._waiting)
+            state.trace.point(
+                "bitmap.flush", pages=list(pages), slot=state.slot, chunks=chunks, writes=writes
+            )
         batch = self._batch = Batch(self, list(pages), self._waiting, self._flushers)
         self._waiting, self._flushers = [], []
         queue = state.submitter.queue
@@ -167,7 +182,7 @@ class BitmapWriter:
                 state.bitmap.dirty.update(batch.pages)
             else:
                 state.bitmap.end_flush()
-                state.trace.point("bitmap.stable", slot=state.slot)
+                state.trace.point("bitmap.stable", slot=state.slot, pages=batch.pages)
         self._batch = None
         self._stalled = bool(error)
         for write in batch.writing:

@@ -129,6 +129,7 @@ class Faults:
         assert writer is not None
         torn = error not in (0, errno.EOPNOTSUPP) and op.succeeded
         if torn:
+            self.state.trace.point("write.torn", lo=op.lo, hi=op.hi)
             op.bitmap.mark(op.chunks)  # some members have it and some do not
         writer.finish(op, error)
         if torn:

@@ -64,7 +64,13 @@ class Metadata:
                 change()
                 self.state.refresh()
             await self._write()
-            self.state.trace.point("metadata.written", events=self.state.events)
+            self.state.trace.point("metadata.written", events=self.state.events, faulty=self._faulty())
+        self.state.trace.point("metadata.acknowledged", events=self.state.events)
+
+    def _faulty(self) -> list[int]:
+        """Device numbers that the superblocks call faulty, for the trace."""
+        roles = self.state.roles if self.state.trace.on else ()
+        return [number for number, role in enumerate(roles) if role == ROLE_FAULTY]
 
     # --- reading --------------------------------------------------------------------------------
 
@@ -152,11 +158,13 @@ class Metadata:
             else:
                 member.adopt(own, role if role < ROLE_LIMIT else None)
         state.refresh()
+        state.trace.point("metadata.adopted", events=newest.events, faulty=self._faulty())
         if any(member.faulty and not member.fault_recorded for member in state.members):
             state.unpublished = not state.read_only
             self.unrecorded()
         if was_degraded and not state.degraded and state.bitmap is not None:
             state.bitmap.whole()
+            state.trace.point("bitmap.whole")
 
     def _drop(self, member: Member, why: str) -> None:
         member.faulty = True
@@ -178,6 +186,7 @@ class Metadata:
                 if member.number < len(state.roles):
                     state.roles[member.number] = self._role_value(member)
             await self._write_bitmap_header()
+            state.trace.point("metadata.header", events=state.events)
             targets = [member for member in state.members if not member.faulty]
             superblocks = [self._build(member) for member in targets]
             state.trace.point("metadata.write", events=state.events)
@@ -243,6 +252,7 @@ class Metadata:
         at = superblock.super_offset * 512
         writing = write_bytes(self.state.submitter, member.device, at, superblock.to_bytes(), fua=True)
         await bounded(self.state, member, writing)
+        self.state.trace.point("metadata.superblock", member=member.number, events=superblock.events)
 
     async def _write_bitmap_header(self) -> None:
         state = self.state

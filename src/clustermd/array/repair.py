@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from clustermd.array.coordinator import Coordinator
 from clustermd.array.member import Member
 from clustermd.array.member_io import Shared, transfer
-from clustermd.array.resync import hold_range
+from clustermd.array.resync import announce, hold_range
 from clustermd.array.state import ArrayState
 from clustermd.device.member_device import Op
 from clustermd.errors import ClusterLost, Refused
@@ -68,9 +68,10 @@ class Repair:
             hi = min(-(-hi // ALIGN_SECTORS) * ALIGN_SECTORS, self.state.array_sectors)
             try:
                 async with self.coordinator.resync_right():
+                    self.state.trace.point("resync.right")
                     for at in range(lo, hi, STEP_SECTORS):
                         end = min(at + STEP_SECTORS, hi)
-                        await self.coordinator.announce(at, end)
+                        await announce(self.state, self.coordinator, at, end)
                         await self._rewrite(member, at, end)
                         if member.faulty:
                             await self._recorded()  # what was given up may still land there
@@ -91,6 +92,7 @@ class Repair:
             try:
                 await self._copy(member, lo, hi, shared)
             finally:
+                state.trace.point("resync.step", lo=lo, hi=hi)
                 state.ranges.remove(step)
         finally:
             shared.drop()
@@ -101,8 +103,11 @@ class Repair:
         source = state.first_copy(lo, hi, 1 << member.index)
         if source is None or await transfer(state, source, Op.READ, lo, length, shared) != length:
             return
+        state.trace.point("resync.read", lo=lo, hi=hi)
+        state.trace.point("resync.write", lo=lo, hi=hi, members=[member.number])
         result = await transfer(state, member, Op.WRITE, lo, length, shared, fua=True)
         if result == length:
+            state.trace.point("resync.wrote", lo=lo, hi=hi)
             result = await transfer(state, member, Op.READ, lo, length, shared)
         if result == length:
             member.corrected_errors += length // 4096 or 1

@@ -65,6 +65,13 @@ class Step:
         self.waiters: list[Callable[[], None]] | None = None
 
 
+async def announce(state: ArrayState, coordinator: Coordinator, lo: int, hi: int) -> None:
+    """Have all other nodes keep out of [lo, hi). Raises what `Coordinator.announce` raises."""
+    state.trace.point("resync.announce", lo=lo, hi=hi)
+    await coordinator.announce(lo, hi)
+    state.trace.point("resync.window", lo=lo, hi=hi)
+
+
 async def hold_range(state: ArrayState, lo: int, hi: int) -> Step:
     """Hold [lo, hi) once nobody else does; give it back with `state.ranges.remove`.
 
@@ -268,8 +275,10 @@ class Resync:
         state = self.state
         bitmap = state.the_bitmap()
         if len(state.writable) < 2:
-            for chunk in sorted(bitmap.unreconciled):
+            alone = sorted(bitmap.unreconciled)
+            for chunk in alone:
                 bitmap.reconciled(chunk, state.degraded > 0)
+            state.trace.point("bitmap.reconciled", chunks=alone, needed=state.degraded > 0)
             return
         yielding = len(bitmap.unreconciled) > WHOLE_SHARE * len(bitmap.counters)
         state.trace.point("resync.begin", chunks=len(bitmap.unreconciled))
@@ -284,13 +293,14 @@ class Resync:
             chunk = min(ahead)
             lo = max(position, chunk * bitmap.chunk_sectors)
             hi = min(lo + self._pace.window_sectors(yielding), state.array_sectors)
-            await self.coordinator.announce(lo, hi)
-            state.trace.point("resync.window", lo=lo, hi=hi)
+            await announce(state, self.coordinator, lo, hi)
             done = await self._copy_window(lo, hi, serials)
             await self._flush_touched()
             for finished in done:
                 if serials.pop(finished, -1) == bitmap.mark_serial:
-                    bitmap.reconciled(finished, state.degraded > 0 or finished in self._holes)
+                    needed = state.degraded > 0 or finished in self._holes
+                    bitmap.reconciled(finished, needed)
+                    state.trace.point("bitmap.reconciled", chunks=[finished], needed=needed)
                     self._holes.discard(finished)
                     state.counters.resynced_chunks += 1
             state.trace.point("resync.copied", lo=lo, hi=hi)
@@ -366,6 +376,8 @@ class Resync:
             source, shared = await self._read_source(lo, hi, length)
             state.trace.point("resync.read", lo=lo, hi=hi)
             targets = [member for member in state.writable if member is not source]
+            numbers = [member.number for member in targets]
+            state.trace.point("resync.write", lo=lo, hi=hi, members=numbers)
             results = await asyncio.gather(
                 *(transfer(state, member, Op.WRITE, lo, length, shared) for member in targets)
             )
@@ -376,9 +388,11 @@ class Resync:
                 if result != length:
                     self._fail(1 << member.index, f"a resync write failed ({result})")
                     raise CopyFailed(f"{member.path} refused a write at sector {lo}")
+            state.trace.point("resync.wrote", lo=lo, hi=hi)
         finally:
             if shared is not None:
                 shared.drop()
+                state.trace.point("resync.step", lo=lo, hi=hi)
             state.ranges.remove(step)
 
     async def _read_source(self, lo: int, hi: int, length: int) -> tuple[Member, Shared]:
@@ -417,6 +431,7 @@ class Resync:
             if result < 0:
                 self._fail(1 << member.index, f"a flush failed ({result})")
                 raise CopyFailed(f"{member.path} cannot be flushed")
+        state.trace.point("resync.flushed")
 
     # --- recovery ---------------------------------------------------------------------------------
 
@@ -432,7 +447,7 @@ class Resync:
             if state.the_bitmap().unreconciled:
                 break  # in-sync members first
             hi = min(position + self._pace.window_sectors(True), state.array_sectors)
-            await self.coordinator.announce(position, hi)
+            await announce(state, self.coordinator, position, hi)
             steps = [(lo, min(lo + STEP_SECTORS, hi)) for lo in range(position, hi, STEP_SECTORS)]
             for group in range(0, len(steps), DEPTH):
                 part = steps[group : group + DEPTH]
@@ -440,6 +455,7 @@ class Resync:
                 await self._steps(part, self._copy)
                 await self._pace.account(sum(end - start for start, end in part))
             await self._flush_touched()
+            state.trace.point("resync.copied", lo=position, hi=hi)
             for member in targets:
                 if member.faulty:
                     raise CopyFailed(f"{member.path} failed while it was being filled")
@@ -478,6 +494,7 @@ class Resync:
                 await asyncio.sleep(RETRY_S)
         if finished and not state.degraded:
             state.the_bitmap().whole()
+            state.trace.point("bitmap.whole")
         state.refresh()
 
     async def checkpoint(self) -> None:

@@ -76,11 +76,12 @@ class Slots:
         state.bitmap_header = header
         state.bitmap = bitmap
         bitmap.pages[0][:256] = header.to_bytes()
-        state.trace.point("slot.loaded", slot=slot, dirty=len(chunks))
+        state.trace.point("slot.loaded", slot=slot, dirty=len(chunks), chunks=chunks)
         wanted = b"".join(bytes(page) for page in bitmap.pages)
         if any(areas.get(member.index) != wanted for member in state.writable) and not state.read_only:
             bitmap.lazy.update(range(len(bitmap.pages)))
             await self.writer.flush()
+        state.trace.point("slot.stable", slot=slot)
 
     def _load_none(self) -> None:
         """No bitmap on disk: what resync_offset leaves open is what must be copied."""
@@ -111,7 +112,7 @@ class Slots:
         geometry = bitmap.geometry
         areas = await self._read_areas(slot)
         header, chunks = self._join(areas, slot)
-        state.trace.point("takeover.read", slot=slot, dirty=len(chunks))
+        state.trace.point("takeover.read", slot=slot, dirty=len(chunks), chunks=chunks)
         if chunks:
             state.settled = False
             bitmap.mark(chunks)
@@ -214,3 +215,10 @@ class Slots:
             writing = write_bytes(self.state.submitter, member.device, start + at, page, fua=True)
             await bounded(self.state, member, writing)
             self.state.counters.bitmap_writes += 1
+            self.state.trace.point(
+                "takeover.source_written",
+                slot=slot,
+                member=member.number,
+                page=at // PAGE_BYTES,
+                last=at + PAGE_BYTES >= len(area),
+            )

@@ -46,13 +46,17 @@ class Sweep:
                 return 0
             if not await self.flush_members():
                 return 0
+            state.trace.point("sweep.flushed", chunks=ready)
             header = state.bitmap_header
             if header is not None and header.events_cleared < state.events and not state.degraded:
                 self.metadata.set_header(events_cleared=state.events)
                 await self.writer.flush()
+                state.trace.point("sweep.header", events=state.events)
+            going = [chunk for chunk in ready if bitmap.counters[chunk] == 1] if state.trace.on else []
             cleared = bitmap.clear(ready)
-            state.trace.point("sweep.cleared", chunks=cleared)
+            state.trace.point("sweep.cleared", count=cleared, chunks=going)
             await self.writer.flush()
+            state.trace.point("sweep.done", count=cleared)
             return cleared
 
     async def flush_members(self) -> bool:

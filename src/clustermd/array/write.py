@@ -87,6 +87,11 @@ class WriteOp:
             if result == -errno.ESHUTDOWN:
                 self.redo = True
         self.pending &= ~bit
+        trace = self.writer.state.trace
+        if trace.on:
+            number = self.writer.state.members[tag].number
+            left = self.pending.bit_count()
+            trace.point("write.member", lo=self.lo, hi=self.hi, member=number, result=result, left=left)
         if not self.pending:
             self.writer.done(self)
 
@@ -137,7 +142,10 @@ class Writer:
             self._behind_window.append(request)
             return
         self.in_flight.add(op)
-        if bitmap.start_write(chunks):
+        stable = bitmap.start_write(chunks)
+        if state.trace.on:
+            state.trace.point("write.begin", lo=lo, hi=hi, chunks=list(chunks), stable=stable)
+        if stable:
             self.issue(op)
         else:
             self.bitmap_writer.wait(op)
@@ -159,6 +167,9 @@ class Writer:
             at = member.data_offset_bytes + offset
             queue(member.device, operation, at, length, op.buffer, 0, op, index, fua)
         op.pending = pending
+        if state.trace.on:
+            numbers = [member.number for member in state.writable]
+            state.trace.point("write.issue", lo=op.lo, hi=op.hi, chunks=list(op.chunks), members=numbers)
         if not pending:
             self._settle(op)
 
@@ -182,6 +193,10 @@ class Writer:
     def finish(self, op: WriteOp, error: int) -> None:
         """End the write: its bits may go in time, its range is free, the client has its answer."""
         state = self.state
+        if state.trace.on:
+            missed = [member.number for member in state.member_of(op.failed)]
+            keeps = state.degraded > 0 or error not in (0, errno.EOPNOTSUPP)
+            state.trace.point("write.done", lo=op.lo, hi=op.hi, error=error, missed=missed, needed=keeps)
         self.in_flight.discard(op)
         request = op.request
         if op.abandoned:
@@ -199,6 +214,7 @@ class Writer:
 
     def redo(self, op: WriteOp) -> None:
         """The gate shut before the write had reached every member: it starts again in the next life."""
+        self.state.trace.point("write.redo", lo=op.lo, hi=op.hi)
         self.in_flight.discard(op)
         self._let_go(op, True)
         self.state.parked.append(op.request)

@@ -78,6 +78,7 @@ class Channel:
         try:
             await prepare()
             await self._ack.convert(Mode.CR)
+            self.trace.point("join.armed", slot=self.slot)
         finally:
             await self._settle(self._token, Mode.NL)
 
@@ -116,7 +117,7 @@ class Channel:
         Raises LockRefused `not-acknowledged` (nobody's word after ACK_S, or a missing answer) or `peer-failed`
         (with what each said), ClusterLost.
         """
-        self.trace.point("send.begin", type=message.type.name)
+        self.trace.point("send.begin", type=message.type.name, slot=self.slot)
         await self._in_time(self._message, message)
         try:
             block = self._message.lvb
@@ -124,9 +125,9 @@ class Channel:
             message = replace(message, slot=self.slot, sequence=sequence_of(block) + 1)
             block[:LVB_BYTES] = message.to_bytes()
             await self._message.convert(Mode.CW)
-            self.trace.point("send.written", type=message.type.name, sequence=message.sequence)
+            self._point("send.written", message)
             await self._in_time(self._ack, message)
-            self.trace.point("send.acknowledged", type=message.type.name, sequence=message.sequence)
+            self._point("send.acknowledged", message)
             try:
                 await self._answers(message)
             finally:
@@ -134,7 +135,17 @@ class Channel:
             self.sent += 1
         finally:
             await self._settle(self._message, Mode.NL)
-        self.trace.point("send.done", type=message.type.name, sequence=message.sequence)
+        self._point("send.done", message)
+
+    def _point(self, name: str, message: Message) -> None:
+        self.trace.point(
+            name,
+            type=message.type.name,
+            sequence=message.sequence,
+            slot=message.slot,
+            low=message.low,
+            high=message.high,
+        )
 
     async def _in_time(self, lock: Lock, message: Message) -> None:
         """`lock` in EX: all have let go of the previous message, or have processed this one."""
@@ -224,6 +235,9 @@ class Channel:
             result = await self._process(bytes(block))
             self._last_sequence = sequence
             await own.set_answer(sequence, result)
+            self.trace.point("recv.answered", sequence=sequence, result=result)
+        else:
+            self.trace.point("recv.skipped", sequence=sequence, valid=self._message.lvb_valid)
         self.trace.point("recv.processed", sequence=sequence, result=result)
         await self._ack.convert(Mode.NL)
         await self._message.convert(Mode.PR)
@@ -236,7 +250,7 @@ class Channel:
             message = Message.from_bytes(block)
             if message.slot == self.slot:
                 return 0
-            self.trace.point("recv.message", type=message.type.name, slot=message.slot)
+            self._point("recv.message", message)
             return await self._handle(message)
         except ClusterLost:
             raise

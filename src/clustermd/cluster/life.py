@@ -93,7 +93,7 @@ class Life:
         self._lockspace = await self.link.join(name, self, array.nodes)
         self.channel = Channel(self._lockspace, self.trace, self._handle)
         self._joined = True
-        self.trace.point("join.member", slot=self.slot)
+        self.trace.point("join.member", slot=self.slot, nodes=array.nodes)
         await self.channel.open(array.prepare_join)
         await self._lockspace.lock("no-new-dev", Mode.CR)
         self._own = await OwnSlot.claim(self._lockspace, self.slot)
@@ -113,14 +113,17 @@ class Life:
             vacant = await try_vacant(self._lockspace, slot)
             if vacant is not None:
                 try:
+                    self.trace.point("join.locked", slot=slot)
                     await self.array.merge_slot(slot)
                 finally:
                     await vacant.unlock()
+                self.trace.point("join.merged", slot=slot)
                 return
             if any(member.slot == slot + 1 for member in self._lockspace.slots):
                 async with self.channel.receiving:  # no message may overtake what is read here
                     block = await read_block(self._lockspace, slot)
                     self.array.set_window(slot, block.lo, block.hi)
+                    self.trace.point("join.window", slot=slot, lo=block.lo, hi=block.hi)
                 return
             # Neither vacant nor a member's: somebody takes it over at this moment. Wait for that.
             lock = await self._lockspace.lock(slot_lock_name(slot), Mode.PW, value_block=True)
@@ -131,13 +134,16 @@ class Life:
         if self._over:
             return
         if handover and self.peers():
+            self.trace.point("leave.announcing", slot=self.slot)
             await self.channel.send(Message(MessageType.BITMAP_NEEDS_SYNC, self.slot))
             self.trace.point("leave.announced", slot=self.slot)
         elif self._announced:
             await self._finish()
         await self._stop_tasks()
+        self.trace.point("leave.deaf", slot=self.slot)
         await self.channel.stop()
         self._over = True
+        self.trace.point("leave.unlocking", slot=self.slot)
         await self._own.release()
         await self._lockspace.leave()
         self.trace.point("leave.done")
@@ -207,6 +213,7 @@ class Life:
                         await self._finish_surely()
             finally:
                 if not self._wanting:
+                    self.trace.point("resync.right_given", slot=self.slot)
                     with suppress(ClusterLost):
                         await asyncio.shield(self._resync.convert(Mode.NL))
         finally:
@@ -225,6 +232,7 @@ class Life:
         await self.channel.send(Message(MessageType.RESYNCING, self.slot, lo, hi))
 
     async def _finish(self) -> None:
+        self.trace.point("resync.finishing", slot=self.slot)
         await self._own.set_window(0, 0)
         await self.channel.send(Message(MessageType.RESYNCING, self.slot, 0, 0))
         self._announced = False
@@ -261,7 +269,7 @@ class Life:
 
     async def _resyncing_elsewhere(self, message: Message) -> int:
         if message.high == 0:
-            self.array.end_window(message.slot)
+            self._end_window(message.slot, "finished")
             self.array.wake_resync()
             return 0
         self.array.set_window(message.slot, message.low, message.high)
@@ -308,7 +316,7 @@ class Life:
             task = self._tasks.pop(("takeover", owned), None)
             if task is not None:
                 task.cancel()
-            self.array.end_window(owned)
+            self._end_window(owned, "owned")
         self._gone |= self.takeovers - present
         for dead in self.takeovers:
             self._spawn_takeover(dead)
@@ -335,6 +343,10 @@ class Life:
         await self._ready.wait()
         await self.array.adopt()
 
+    def _end_window(self, slot: int, why: str) -> None:
+        self.trace.point("window.end", slot=slot, why=why)  # first: ending it lets writes go
+        self.array.end_window(slot)
+
     # --- takeover -----------------------------------------------------------------------------------------
 
     def _take_over(self, slot: int) -> None:
@@ -356,7 +368,7 @@ class Life:
             await lock.convert(Mode.PW)
             self.trace.point("takeover.locked", slot=slot)
             chunks = await self.array.merge_slot(slot)
-            self.array.end_window(slot)
+            self._end_window(slot, "merged")
             if chunks:
                 # Our request for the resync right is queued before any survivor that finds this slot
                 # empty can queue its own: nobody takes the array for settled before these are copied.

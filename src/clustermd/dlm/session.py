@@ -10,6 +10,9 @@ request that nobody waits for is granted later to nobody, and hangs the cluster)
 the outcome awaited, and what was granted after all given back.
 
 While the group is suspended the daemon keeps operations; they only take longer.
+
+What the session asks, is shown and gives back are trace points (`lock.*`), as the client sees it: a right counts from
+the moment its grant is shown, and not any more from just before the frame that gives it back is sent.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from clustermd.dlm.modes import (
 from clustermd.dlm.resource import is_down_conversion
 from clustermd.dlm.wire import Frame
 from clustermd.errors import BadBytes, ClusterLost, LockRefused, Refused
+from clustermd.trace import Trace
 
 _CODES = {
     EAGAIN: ("would-block", "another lock excludes this mode now"),
@@ -46,6 +50,11 @@ _CODES = {
 
 Outcome = int | Refused | None
 """A status (0 or negative), a refusal with words, or None: the session was lost."""
+
+
+def _hex(block: bytes | bytearray | None) -> str | None:
+    """A value block for a trace: hex without the zeros at its end."""
+    return None if block is None else bytes(block).rstrip(b"\0").hex()
 
 
 def _refused(status: int, what: str) -> LockRefused:
@@ -83,6 +92,7 @@ class SessionLock:
         self.blocking = blocking
         self._session = space.session
         self._busy = False
+        self.number = space.session.next_number()
 
     async def convert(self, mode: Mode, *, noqueue: bool = False) -> None:
         """See `dlm.lockspace.Lock`. A down conversion that is cancelled stays done: it gave a right away."""
@@ -130,11 +140,30 @@ class SessionLock:
         if self.lvb is not None and value_block:
             flags |= Flag.VALBLK
             lvb = bytes(self.lvb)
+        if self._session.trace.on:
+            self._trace_convert(mode, lvb if self.mode >= Mode.PW else None)
         return self._session.submit(["convert", 0, self.id, int(mode), int(flags), lvb], lock=self)
 
     def _start_unlock(self) -> asyncio.Future[Outcome]:
         lvb = None if self.lvb is None else bytes(self.lvb)
+        written = lvb if self.mode >= Mode.PW else None
+        self.point("lock.given", mode=Mode.IV.name, had=self.mode.name, block=_hex(written))
         return self._session.submit(["unlock", 0, self.id, int(Flag.FORCEUNLOCK), lvb], lock=self)
+
+    def _trace_convert(self, mode: Mode, written: bytes | None) -> None:
+        if is_down_conversion(self.mode, mode):
+            self.point("lock.given", mode=mode.name, had=self.mode.name, block=_hex(written))
+            return
+        if {self.mode, mode} == {Mode.PR, Mode.CW}:
+            # either may be gone before the other is shown; what both allow is sure
+            self.point("lock.given", mode=Mode.CR.name, had=self.mode.name, block=None)
+        self.point("lock.asked", mode=mode.name, had=self.mode.name, block=_hex(written))
+
+    def point(self, name: str, **fields: object) -> None:
+        """A trace point about this lock. `lock` is its number in the session, from 1."""
+        trace = self._session.trace
+        if trace.on:
+            trace.point(name, space=self.space.name, resource=self.name, lock=self.number, **fields)
 
     async def _give_up(self, future: asyncio.Future[Outcome], before: Mode) -> None:
         """F16: no conversion stays queued or granted for a task that does not wait for it any more."""
@@ -159,6 +188,7 @@ class SessionLockspace:
         self.our_slot = 0
         self.slots: tuple[Slot, ...] = ()
         self.generation = 0
+        self.left = False
 
     async def lock(
         self,
@@ -182,6 +212,7 @@ class SessionLockspace:
             flags |= Flag.VALBLK
         lock = SessionLock(self, name, bytearray(self.lvb_bytes) if value_block else None, blocking)
         frame = ["request", 0, self.name, resource, int(mode), int(flags), blocking is not None]
+        lock.point("lock.asked", mode=mode.name, had=Mode.IV.name, block=None)
         future = self.session.submit(frame, lock=lock)
         try:
             await asyncio.wait((future,))
@@ -203,6 +234,8 @@ class SessionLockspace:
         """See `dlm.lockspace.Lockspace`. Every lock of the lockspace is dead afterwards."""
         what = f"leaving lockspace {self.name}"
         self.session.check_alive(what)
+        self.left = True
+        self.session.trace.point("lock.left", space=self.name)
         future = self.session.submit(["leave", 0, self.name])
         # also if nobody waits any more; until then the name cannot be joined again
         future.add_done_callback(lambda _: self.session.spaces.pop(self.name, None))
@@ -216,15 +249,28 @@ class Session:
     `waiting` says, for each lockspace whose join waits, for which slots: (slot, node, name, state).
     """
 
-    def __init__(self, send: Callable[[Frame], None]) -> None:
+    def __init__(self, send: Callable[[Frame], None], trace: Trace | None = None) -> None:
         self._send = send
+        self.trace = trace or Trace()
         self._next_op = 1
+        self._next_lock = 0
         self._pending: dict[int, tuple[asyncio.Future[Outcome], SessionLock | None]] = {}
         self._locks: dict[int, SessionLock] = {}
         self._joins: dict[str, tuple[int, SessionLockspace]] = {}
         self._lost = ""
         self.spaces: dict[str, SessionLockspace] = {}
         self.waiting: dict[str, tuple[tuple[int, int, str, str], ...]] = {}
+        self.trace.point("session.begin")
+
+    def next_number(self) -> int:
+        """The number of a new lock of this session, from 1."""
+        self._next_lock += 1
+        return self._next_lock
+
+    def closing(self) -> None:
+        """Whoever holds the connection is about to close it in order: nothing relies on its locks any more."""
+        if not self._lost:
+            self.trace.point("session.closed")
 
     async def join(
         self, name: str, events: LockspaceEvents, *, lvb_bytes: int = 64, max_slots: int
@@ -267,6 +313,7 @@ class Session:
             case ["bast", number, mode]:
                 lock = self._locks.get(number)
                 if lock is not None and not lock.dead and lock.blocking is not None:
+                    lock.point("lock.blocking", mode=Mode(mode).name)
                     lock.blocking(Mode(mode))
             case ["answer", op, rc, number]:
                 self._on_answer(op, rc, number)
@@ -300,6 +347,7 @@ class Session:
         if self._lost:
             return
         self._lost = reason or "the lock daemon is gone"
+        self.trace.point("lock.lost", reason=self._lost)
         spaces, self.spaces = self.spaces, {}
         for lock in self._locks.values():
             lock.dead = True
@@ -376,6 +424,8 @@ class Session:
                 lock.lvb_valid = not sb_flags & StatusFlag.VALNOTVALID
                 if lvb is not None and lock.lvb is not None:
                     lock.lvb[:] = lvb
+            if self.trace.on and not lock.dead and not lock.space.left:
+                self._trace_cast(lock, status, lvb)
             if mode is Mode.IV:
                 del self._locks[number]
                 lock.dead = True
@@ -383,6 +433,13 @@ class Session:
                 for other in [op for op, (_, owner) in self._pending.items() if owner is lock]:
                     self._resolve(other, status)
         self._resolve(op, status)
+
+    def _trace_cast(self, lock: SessionLock, status: int, lvb: bytes | None) -> None:
+        if status == 0:
+            valid = lock.lvb_valid if lock.lvb is not None else None
+            lock.point("lock.granted", mode=lock.mode.name, block=_hex(lvb), valid=valid)
+        else:
+            lock.point("lock.refused", mode=lock.mode.name, status=status)
 
     def _on_done(self, name: str, slots: tuple[Slot, ...], our_slot: int, generation: int) -> None:
         op, space = self._joins.pop(name, (0, None))

@@ -21,6 +21,7 @@ from clustermd.group.process_group import Witness
 from clustermd.group.start import connect_or_start
 from clustermd.lockd.protocol import LOCKD_MODULE, PROTOCOL
 from clustermd.rundir import RunDir
+from clustermd.trace import Trace
 
 
 class LockdConnection:
@@ -30,13 +31,13 @@ class LockdConnection:
     session's; `lost` is why it ended, empty while it lives.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, trace: Trace | None = None) -> None:
         self.node = 0
         self.name = ""
         self.incarnation = 0
         self.number = 0
         self.lost = ""
-        self.session = Session(self._send_dlm)
+        self.session = Session(self._send_dlm, trace)
         self._link: FrameLink | None = None
         self._welcomed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting = ""
@@ -68,6 +69,7 @@ class LockdConnection:
         """
         if self.lost:
             return
+        self.session.closing()
         try:
             await self._ask("goodbye")
         except ClusterLost:
@@ -216,8 +218,9 @@ async def connect(
     start: bool = True,
     timeout_s: float | None = None,
     clock: Clock | None = None,
+    trace: Trace | None = None,
 ) -> LockdConnection:
-    """A session of `rundir.node`'s lockd, shown to people as `label` ("array md0").
+    """A session of `rundir.node`'s lockd, shown to people as `label` ("array md0"), with points in `trace`.
 
     Starts the lockd (and that the sequencer) unless `start` is False. Waits for the node to join the group,
     without bound unless `timeout_s` is given. Raises Refused ("not-running", "daemon-failed",
@@ -226,7 +229,7 @@ async def connect(
     tried: list[LockdConnection] = []
 
     async def attempt() -> LockdConnection:
-        connection = LockdConnection()
+        connection = LockdConnection(trace)
         tried.append(connection)
         await connection._open(rundir, label)
         return connection

@@ -21,6 +21,7 @@ from clustermd.group.process_group import Witness
 from clustermd.lockd.client import LockdConnection, connect
 from clustermd.node.files import array_using, process_started
 from clustermd.rundir import RunDir
+from clustermd.trace import Trace
 
 SAY_S = 2.0
 """How long to wait without a word."""
@@ -132,6 +133,7 @@ async def connect_link(
     shared: Callable[[], list[DirectDevice]],
     submitter: Submitter,
     notice: Callable[[str], None],
+    trace: Trace,
 ) -> LockdLink:
     """Join this node's lockd, started if need be, and register the witness. Says what it waits for.
 
@@ -139,7 +141,7 @@ async def connect_link(
     """
     while True:
         try:
-            connection = await connect(rundir, f"array {array}", timeout_s=SAY_S)
+            connection = await connect(rundir, f"array {array}", timeout_s=SAY_S, trace=trace)
             break
         except Refused as refusal:
             if refusal.code != "group-not-ready":

@@ -95,7 +95,7 @@ async def start_array(config: ArrayConfig, rundir: RunDir, trace: Trace, notice:
 
             coordinator = Cluster(
                 str(UUID(bytes=assembly.reference.set_uuid)),
-                lambda: connect_link(rundir, config.name, opened, shared, submitter, notice),
+                lambda: connect_link(rundir, config.name, opened, shared, submitter, notice, trace),
                 trace,
             )
         array = Array(
