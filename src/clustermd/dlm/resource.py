@@ -303,7 +303,7 @@ class Resource:
                 elif not was_demoted and lock.sb & DEMOTED:
                     demoted_now = True
                 elif outcome is _DEADLOCK:
-                    if lock.fl & NODLCKWT and lock.highbast < lock.rq:
+                    if lock.fl & NODLCKWT and lock.wants_bast and lock.highbast < lock.rq:
                         self._bast(lock, lock.rq)
                         lock.highbast = lock.rq
                 else:
