@@ -30,6 +30,8 @@ class BitmapStory:
     def __init__(self) -> None:
         self.do_geometry("chunks=1024")
 
+    def begin(self) -> None: ...
+
     def close(self) -> None: ...
 
     def do_geometry(self, chunks: str) -> None:

@@ -16,13 +16,6 @@ of the engine are checked (dlm.md 6.9).
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-
-from dlm_invariants import Checker
-
 from clustermd.dlm import modes
 from clustermd.dlm.effects import (
     Answer,
@@ -40,6 +33,7 @@ from clustermd.dlm.engine import Engine
 from clustermd.dlm.modes import Flag, Mode, StatusFlag
 from clustermd.dlm.resource import Lock, Resource
 from clustermd.dlm.space import SeatState
+from clustermd.testing.locks.invariants import Checker
 
 SPACE = "array"
 LVB_BYTES = 8
@@ -84,6 +78,8 @@ class LocksStory:
         self.lives: dict[str, int] = {}
         self.ids: dict[str, int] = {}
         self.names: dict[int, str] = {}
+
+    def begin(self) -> None: ...
 
     def close(self) -> None: ...
 

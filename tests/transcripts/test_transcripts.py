@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from bitmap_story import BitmapStory
+from channel_story import ChannelStory
 from locks_story import LocksStory
-from transcript import difference, tell
+from transcript import Story, difference, tell
 
 HERE = Path(__file__).parent
 REWRITE = "CLUSTERMD_REWRITE_TRANSCRIPTS"
-STORIES = {"locks": LocksStory, "bitmap": BitmapStory}
+STORIES: dict[str, Callable[[], Story]] = {
+    "locks": LocksStory,
+    "bitmap": BitmapStory,
+    "channel": ChannelStory,
+}
 FILES = sorted(HERE.glob("*/*.txt"))
 
 

@@ -31,7 +31,11 @@ NOTHING = "ok"
 class Story(Protocol):
     """What commands are told to. Its methods `do_<word>(*arguments)` return lines, or None for nothing."""
 
-    def close(self) -> None: ...
+    def begin(self) -> None:
+        """A block begins."""
+
+    def close(self) -> None:
+        """The file ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,7 @@ def tell(text: str, make: Callable[[], Story]) -> str:
                 lines.append(part.rstrip())
                 continue
             outcome: list[str] = []
+            story.begin()
             for number, command in enumerate(part.commands):
                 try:
                     outcome += _do(story, command)
