@@ -6,17 +6,21 @@ general search is compared with all permutations, and the three comparisons with
 
 from __future__ import annotations
 
+import subprocess
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import permutations
 from pathlib import Path
 from random import Random
+from threading import Thread
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from clustermd.testing.blocks import ZEROES, content
+from clustermd.testing.blocks import BLOCK_BYTES, ZEROES, content
+from clustermd.testing.exerciser import Exerciser, Plan, Report
 from clustermd.testing.history_log import (
     INITIAL,
     SECTORS,
@@ -28,8 +32,10 @@ from clustermd.testing.history_log import (
     reads_path,
     write_of,
 )
+from clustermd.testing.nbd_client import Command, NbdClient
 from clustermd.testing.register_history import Fence, History, Rule, check
 from clustermd.testing.register_search import Access, TooConcurrent, search
+from clustermd.testing.waiting import wait_until
 from clustermd.testing.write_log import Kind, LogWriter
 
 BLOCK = 7
@@ -98,8 +104,6 @@ def simulate(dice: Random, *, copies: int, owners: int, deaths: bool = True) -> 
         until = since + dice.choice((1, SCALE // 2, SCALE, 4 * SCALE))
         copy = dice.choice(landings)
         values = [value_at(sector, dice.randint(since + 1, until)) for sector in copy]
-        if copies > 1 and any(since <= fence.time_ns <= until for fence in story.fences):
-            continue
         story.operations.append(read_of(dice.randint(1, 3), BLOCK, since, until, *packed(values)))
     dice.shuffle(story.operations)
     return story
@@ -231,14 +235,14 @@ def some_history(dice: Random, writers: int, most: int) -> tuple[list[Operation]
         if dice.random() < 0.5:
             generations[node] += 1
             over[node] = end
-            answered = dice.random() < 0.7
+            answered = dice.random() < 0.6
             operations.append(write_of(node, BLOCK, generations[node], start, end if answered else None))
         else:
             written = [value for each in operations for value in each.values if value]
             start = dice.randint(0, 16)
             value = dice.choice([INITIAL, *written])
             operations.append(read_of(4, BLOCK, start, start + dice.randint(0, 6), value))
-    fences = [Fence(dice.randint(1, writers), dice.randint(1, 20)) for _ in range(dice.randint(0, 2))]
+    fences = [Fence(dice.randint(1, writers), dice.randint(1, 20)) for _ in range(dice.randint(0, 3))]
     return operations, fences
 
 
@@ -276,9 +280,9 @@ def is_register(order: Sequence[Access]) -> bool:
             end = later.end_ns if later.end_ns is not None else later.gone_ns
             if end is not None and end < each.start_ns:
                 return False
-            if each.is_write and later.is_write and each.value.node == later.value.node:
-                if later.value.generation < each.value.generation:
-                    return False
+            both_write = each.is_write and later.is_write and each.value.node == later.value.node
+            if both_write and later.value.generation < each.value.generation:
+                return False
         if each.is_write:
             value = each.value
         elif each.value != value:
@@ -354,10 +358,10 @@ def test_a_fault_is_drawn_as_time_lines() -> None:
     assert str(fault).splitlines() == [
         "block 7: node 2 read 1:1: older than a write that was acknowledged before the read began, "
         "and 1 more like it",
-        " > node 1 write 1:1  |-----|                                            0.000 .. 1.000 ms",
-        " > node 1 write 1:2              |-----------|                          2.000 .. 3.000 ms",
-        "   node 3 read 1:2                     |-----------------|              2.500 .. 4.500 ms",
-        " > node 2 read 1:1                                 |-----------|        4.000 .. 5.000 ms",
+        " > node 1 write 1:1  |-----|                                        0.000 .. 1.000 ms",
+        " > node 1 write 1:2              |-----------|                      2.000 .. 3.000 ms",
+        "   node 3 read 1:2                     |-----------------|          2.500 .. 4.500 ms",
+        " > node 2 read 1:1                                 |-----------|    4.000 .. 5.000 ms",
     ]
 
 
@@ -395,3 +399,46 @@ def test_a_log_that_is_none_is_refused(tmp_path: Path) -> None:
     reads_path(log).write_bytes(bytes(96))
     with pytest.raises(ValueError, match="no record at byte 0"):
         History.read_from_logs([log])
+
+
+@pytest.mark.needs("nbdkit")
+def test_exercisers_record_what_they_read_of_each_other(tmp_path: Path) -> None:
+    """One memory, two exercisers: a register. A block set back behind their backs shows, whoever reads it."""
+    with tempfile.TemporaryDirectory(prefix="cmd-", dir="/tmp") as directory:
+        socket = f"{directory}/nbd.sock"
+        server = subprocess.Popen(["nbdkit", "--foreground", "-U", socket, "memory", "256k"])
+        try:
+            wait_until(Path(socket).exists, "the socket of nbdkit")
+            logs = [tmp_path / f"{node}.records" for node in (1, 2)]
+            reports = exercise(socket, logs, read_percent=20, cross_read_percent=40)
+            assert all(report.errors == [] and report.cross_reads > 100 for report in reports)
+            history = History.read_from_logs(logs)
+            assert history.check() == []
+            reads = [each for each in history.operations if each.action is Action.READ]
+            assert any(read.node == 2 and read.block < 16 and read.values[0] != INITIAL for read in reads)
+            assert any(read.node == 1 and read.block >= 16 and read.values[0] != INITIAL for read in reads)
+            with NbdClient(socket) as client:
+                client.call(Command.WRITE, 5 * BLOCK_BYTES + 512, data=bytes(512))
+            exercise(socket, logs, read_percent=0, flush_percent=0, cross_read_percent=100)
+            faults = History.read_from_logs(logs).check()
+            assert [(fault.rule, fault.block, fault.sectors) for fault in faults] == [(Rule.TORN, 5, (1,))]
+        finally:
+            server.kill()
+            server.wait()
+
+
+def exercise(socket: str, logs: Sequence[Path], **mix: int) -> list[Report]:
+    """Two exercisers at once, each with half of 32 blocks."""
+    reports: list[Report] = []
+
+    def run(node: int, log: Path) -> None:
+        with NbdClient(socket) as client:
+            plan = Plan(node, 16 * node - 16, 16 * node, seconds=0.5, depth=4, cross_blocks=(0, 32), **mix)
+            reports.append(Exerciser(client, plan, log).run())
+
+    threads = [Thread(target=run, args=(node, log)) for node, log in enumerate(logs, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return reports

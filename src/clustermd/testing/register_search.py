@@ -3,8 +3,8 @@
 Wing and Gong's question (1993), asked the way Lowe does (2017): walk through starts and ends in the order
 of time and keep every state the register may be in: its value, and which of the open operations have taken effect.
 Nothing takes effect before it must: at the end of an operation each state is extended by open writes, in every
-order, until that operation has taken effect; a state already met is not extended again (the memo). When no state
-is left, the operation that just ended cannot be explained.
+order, until that operation has taken effect (at a fence: it has, or never does); a state already met is not
+extended again (the memo). When no state is left, the operation that just ended cannot be explained.
 
 Two things make it small. A read that finds its value takes effect at once, since that changes nothing. And an
 unanswered write whose value nobody ever read may as well never have happened, so it is left out.
@@ -89,6 +89,9 @@ class _Search:
                 if not found:
                     return Stuck(number, tuple(sorted(self.open - {number})))
                 self.states = found
+            else:
+                # Now or never: both go on.
+                self.states |= self._ended(number)
             self.open.discard(number)
             self.states = {(value, done - {number}) for value, done in self.states}
         return None

@@ -63,7 +63,9 @@ class Plan:
     def load(self) -> tuple[str, ...]:
         """The options of each exerciser."""
         hot = str(self.hot_blocks)
-        return ("--rate", str(self.rate), "--depth", str(self.depth), "--hot-blocks", hot)
+        pace = ("--rate", str(self.rate), "--depth", str(self.depth), "--hot-blocks", hot)
+        # Everybody's hot blocks are among the first ones when loads lie side by side, else the first node's.
+        return (*pace, "--cross-read-percent", "10", "--cross-blocks", "0..2048")
 
     @property
     def environment(self) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 A round ends with everybody called back: every node serves again, within a bound and without help but `-A`. Then the
 load ends, and the disks must tell one story: no bit is set, the halves are equal, every acknowledged write is
-there, the superblocks agree and no member was lost. Nobody waits for a lock that nobody gives.
+there, what clients read since the beginning is one history, the superblocks agree and no member was lost. Nobody
+waits for a lock that nobody gives.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from clustermd.testing.disks import all_clear, differing_blocks, look, writers_o
 from clustermd.testing.judge import judge, nbd_reader
 from clustermd.testing.local_cluster import CommandFailed
 from clustermd.testing.nbd_client import NbdClient
+from clustermd.testing.register_history import History
 from clustermd.testing.storm.arena import Arena, Command, Finding, names, sockets_left
 from clustermd.testing.waiting import TimedOut, wait_until
 
@@ -130,6 +132,8 @@ def one_story(arena: Arena) -> None:
             verdict = judge(logs, nbd_reader(client))
         if not verdict.good:
             raise Finding(f"through {node.name}: {verdict}")
+    if faults := History.read_from_logs(logs).check(mirrored=True):
+        raise Finding("clients saw no one history:\n" + "\n".join(map(str, faults[:5])))
     disks = [look(disk) for disk in arena.disks]
     events = {disk.superblock.events for disk in disks}
     roles = {tuple(role for role in disk.superblock.dev_roles if role < ROLE_LIMIT) for disk in disks}
