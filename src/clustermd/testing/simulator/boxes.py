@@ -1,0 +1,507 @@
+"""Storage boxes and the way to them: simulated disks, and the submitter of one array process.
+
+A `Box` is one disk that all nodes share. It has a volatile cache: what a read returns is the newest that landed, what
+a power loss leaves is, sector by sector, anything between what was last covered by a flush or FUA and the newest.
+A `Path` is one node's way to a box (a `MemberDevice`): it can be slow, stuck, broken, or cut off by fencing, for that node
+alone. A `SimSubmitter` is the production contract over both: the gate once per batch (`device.sweep`, the
+production code), then each request travels, lands (its buffer is read at that moment, so a buffer that was given away
+too early shows), and completes in a sweep.
+
+When the process dies, what it has in flight is in the box's hands: each request lands whole, in part, not at all, or
+late. `Box.fence` cuts an incarnation off: whatever of it has not landed never will.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from clustermd.array.array import Array
+from clustermd.device.member_device import Buffer, BufferPool, Gate, GateState, MemberDevice, Op, Target
+from clustermd.device.sweep import Sweep, _Once, run_one
+from clustermd.testing.simulator.dice import Dice
+from clustermd.testing.simulator.loop import Process, SimLoop
+
+SECTOR = 512
+
+LATENCIES_S = (0.0001, 0.0002, 0.0002, 0.0003, 0.0005, 0.001, 0.004)
+"""How long a request takes to land, and again as long at most until its completion is seen."""
+
+LANDINGS = ("none", "whole", "torn", "late", "late torn")
+"""What can become of a request whose process died. The first is the dull one."""
+
+
+class Watcher:
+    """Who is told what happens at the boxes; a run's model and rules. Does nothing by itself."""
+
+    def landed(self, io: Io, sectors: Sequence[int]) -> None:
+        """A write or discard changed `sectors` (of the box) of `io.box`."""
+
+    def submitted(self, io: Io) -> None:
+        """A request passed its gate."""
+
+
+@dataclass(slots=True, eq=False)
+class Io:
+    """One request on its way. `owner` is the incarnation that sent it."""
+
+    submitter: SimSubmitter
+    path: Path
+    op: Op
+    offset_bytes: int
+    length_bytes: int
+    buffer: Buffer | None
+    buffer_offset: int
+    target: Target
+    tag: int
+    fua: bool
+    landed: bool = False
+    gone: bool = False
+    ghost: bytes = b""
+
+    @property
+    def box(self) -> Box:
+        return self.path.box
+
+    @property
+    def lo(self) -> int:
+        return self.offset_bytes // SECTOR
+
+    @property
+    def hi(self) -> int:
+        return (self.offset_bytes + self.length_bytes) // SECTOR
+
+    def data(self) -> memoryview | bytes:
+        if self.ghost:
+            return self.ghost
+        assert self.buffer is not None
+        return self.buffer.view[self.buffer_offset : self.buffer_offset + self.length_bytes]
+
+
+class Box:
+    """One shared disk of `size_sectors`."""
+
+    def __init__(self, name: str, size_sectors: int, dice: Dice, watcher: Watcher) -> None:
+        self.name = name
+        self.size_sectors = size_sectors
+        self.data = bytearray(size_sectors * SECTOR)
+        self.older: dict[int, list[bytes]] = {}  # sector -> what it was, from the last durable content on
+        self.powered = True
+        self.bad_sectors: set[int] = set()
+        self.watcher = watcher
+        self._fate = dice.stream("fate")
+
+    def sector(self, number: int) -> bytes:
+        return bytes(self.data[number * SECTOR : (number + 1) * SECTOR])
+
+    def durable_sector(self, number: int) -> bytes:
+        """What a power loss is sure to leave, unless something newer survives."""
+        older = self.older.get(number)
+        return older[0] if older else self.sector(number)
+
+    def write(self, io: Io, sectors: Sequence[int]) -> None:
+        """Let `sectors` of a write or discard land."""
+        first = io.lo
+        content = io.data() if io.op is Op.WRITE else None
+        data = self.data
+        if io.fua:
+            for number in sectors:
+                self.older.pop(number, None)
+        else:
+            for number in sectors:
+                kept = self.older.setdefault(number, [])
+                kept.append(bytes(data[number * SECTOR : (number + 1) * SECTOR]))
+        if len(sectors) == io.hi - first:
+            data[io.offset_bytes : io.offset_bytes + io.length_bytes] = (
+                content if content is not None else bytes(io.length_bytes)
+            )
+        else:
+            for number in sectors:
+                at = (number - first) * SECTOR
+                piece = content[at : at + SECTOR] if content is not None else bytes(SECTOR)
+                data[number * SECTOR : (number + 1) * SECTOR] = piece
+        if self.bad_sectors:
+            self.bad_sectors.difference_update(sectors)
+        self.watcher.landed(io, sectors)
+
+    def flush(self) -> None:
+        """Everything that has landed is durable."""
+        self.older.clear()
+
+    def lose_power(self) -> None:
+        """Of each sector that nothing covered any version survives."""
+        for number in sorted(self.older):
+            versions = self.older[number]
+            pick = self._fate.below(len(versions) + 1)
+            if pick < len(versions):
+                self.data[number * SECTOR : (number + 1) * SECTOR] = versions[-1 - pick]
+        self.older.clear()
+
+
+@dataclass(slots=True, eq=False)
+class Trouble:
+    """A fault of one path: for requests of these kinds that touch [lo, hi) sectors of the box.
+
+    `error` fails them; `after` lets a write land first (a late error) or in part; `stuck` keeps them until `Path.well`;
+    `slow_s` is added to every latency. `times` 0 means for ever.
+    """
+
+    ops: tuple[Op, ...] = (Op.READ, Op.WRITE, Op.FLUSH, Op.DISCARD)
+    lo: int = 0
+    hi: int = 1 << 62
+    error: int = 0
+    after: bool = False
+    stuck: bool = False
+    slow_s: float = 0.0
+    times: int = 0
+
+    def means(self, io: Io) -> bool:
+        if io.op not in self.ops:
+            return False
+        return io.op is Op.FLUSH or (io.lo < self.hi and io.hi > self.lo)
+
+
+class Path:
+    """One node's way to a box, opened by one array process. Implements `MemberDevice`."""
+
+    logical_block_bytes = SECTOR
+    read_only = False
+
+    def __init__(self, box: Box, discard_zeroes: bool) -> None:
+        self.box = box
+        self.path = box.name
+        self.size_sectors = box.size_sectors
+        self.discard_zeroes = discard_zeroes
+        self.closed = False
+        self.fenced = False
+        self.lost_path = False
+        self.troubles: list[Trouble] = []
+        self.stuck: list[Io] = []
+
+    def close(self) -> None:
+        self.closed = True
+
+    def trouble_with(self, io: Io) -> Trouble | None:
+        for trouble in self.troubles:
+            if trouble.means(io):
+                if trouble.times:
+                    trouble.times -= 1
+                    if not trouble.times:
+                        self.troubles.remove(trouble)
+                return trouble
+        return None
+
+
+class SimBuffer:
+    """Memory of the pool; its content survives a release, as real memory does."""
+
+    __slots__ = ("_pool", "_size", "_taken", "address", "view")
+
+    def __init__(self, pool: SimPool, size: int) -> None:
+        self._pool = pool
+        self._size = size
+        self._taken = True
+        self.view = memoryview(bytearray(size))
+        self.address = 0
+
+    def release(self) -> None:
+        if not self._taken:
+            raise RuntimeError("a buffer was released twice")
+        self._taken = False
+        self._pool.put(self, self._size)
+
+
+class SimPool:
+    """Buffers in free lists by size. `out` counts those that are taken."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[SimBuffer]] = {}
+        self.out = 0
+
+    def take(self, length_bytes: int) -> SimBuffer:
+        size = -(-length_bytes // 4096) * 4096
+        self.out += 1
+        free = self._free.get(size)
+        if free:
+            buffer = free.pop()
+            buffer._taken = True
+            return buffer
+        return SimBuffer(self, size)
+
+    def put(self, buffer: SimBuffer, size: int) -> None:
+        self.out -= 1
+        self._free.setdefault(size, []).append(buffer)
+
+
+class SimSubmitter:
+    """`Submitter` of one array process over any number of paths."""
+
+    def __init__(self, loop: SimLoop, process: Process, dice: Dice, watcher: Watcher) -> None:
+        self.gate = Gate()
+        self.memory = SimPool()
+        self.pool: BufferPool = self.memory
+        self.process = process
+        self.watcher = watcher
+        self._loop = loop
+        self._latency = dice.stream("latency")
+        self._fate = dice.stream("fate")
+        self._queued: list[Io] = []
+        self._flight: dict[Io, None] = {}
+        self._done: list[tuple[Target, int, int]] = []
+        self._delivering = False
+        self._in_flight = 0
+        self._sweep = process.context.run(Sweep, loop, self.gate, self.submit)
+        self._awaited: list[Target] = []
+        self.node = process.name
+        self.array: Array | None = None
+        self.life_over = False  # proved dead: nothing of it may land any more
+        self.pause_s = 0.0  # between the gate and the medium, for the next batches
+
+    # --- Submitter ------------------------------------------------------------------------------------
+
+    def queue(
+        self,
+        device: MemberDevice,
+        op: Op,
+        offset_bytes: int,
+        length_bytes: int,
+        buffer: Buffer | None,
+        buffer_offset: int,
+        target: Target,
+        tag: int,
+        fua: bool = False,
+    ) -> None:
+        assert isinstance(device, Path)
+        assert not device.closed, f"a request for {device.path}, which is closed"
+        self._queued.append(
+            Io(self, device, op, offset_bytes, length_bytes, buffer, buffer_offset, target, tag, fua)
+        )
+
+    def submit(self) -> None:
+        if not self._queued:
+            return
+        if not self.process.alive:
+            self._queued = []
+            return
+        state = self._sweep.verdict()
+        if state is GateState.SHUT:
+            self._refuse(errno.ESHUTDOWN)
+        elif state is GateState.OPEN:
+            batch, self._queued = self._queued, []
+            self._in_flight += len(batch)
+            for io in batch:
+                self.watcher.submitted(io)
+                self._send(io)
+
+    def _refuse(self, error: int) -> None:
+        queued, self._queued = self._queued, []
+        self._sweep.refuse([(io.target, io.tag) for io in queued], error)
+
+    def _withdraw(self, target: Target) -> bool:
+        for place, io in enumerate(self._queued):
+            if io.target is target:
+                del self._queued[place]
+                return True
+        return False
+
+    def after_sweep(self, listener: Callable[[], None]) -> None:
+        self._sweep.listen(listener)
+
+    async def run(
+        self,
+        device: MemberDevice,
+        op: Op,
+        offset_bytes: int,
+        length_bytes: int,
+        buffer: Buffer | None = None,
+        buffer_offset: int = 0,
+        fua: bool = False,
+    ) -> int:
+        return await run_one(
+            self, self._withdraw, device, op, offset_bytes, length_bytes, buffer, buffer_offset, fua
+        )
+
+    @property
+    def in_flight(self) -> int:
+        return self._in_flight
+
+    async def drained(self) -> None:
+        while self._in_flight:
+            await self._sweep.wait_drained()
+
+    async def close(self) -> None:
+        if self._sweep.closed:
+            return
+        self._sweep.close()
+        self._refuse(errno.ECANCELED)
+        while self._in_flight or self._sweep.has_refused:
+            await self.drained()
+            await asyncio.sleep(0)
+            self._refuse(errno.ECANCELED)
+
+    # --- the way there and back -------------------------------------------------------------------------
+
+    def _send(self, io: Io) -> None:
+        path = io.path
+        self._flight[io] = None
+        if path.fenced or path.lost_path or not path.box.powered:
+            self._later(LATENCIES_S[self._latency.below(len(LATENCIES_S))], self._complete, io, -errno.EIO)
+            return
+        trouble = path.trouble_with(io) if path.troubles else None
+        delay_s = LATENCIES_S[self._latency.below(len(LATENCIES_S))] + self.pause_s
+        if trouble is not None:
+            delay_s += trouble.slow_s
+            if trouble.stuck:
+                path.stuck.append(io)
+                return
+            if trouble.error:
+                if trouble.after and io.op is Op.WRITE:
+                    self._later(delay_s, self._land_and_fail, io, trouble.error)
+                else:
+                    self._later(delay_s, self._complete, io, -trouble.error)
+                return
+        self._later(delay_s, self._land, io)
+
+    def _later(self, delay_s: float, what: Callable[..., None], *args: Any) -> None:
+        # the disk's doing, not the process's: it goes on when that is dead or stopped
+        self._loop.call_later(delay_s, what, *args, context=_NOBODY)
+
+    def _land(self, io: Io) -> None:
+        if io.gone:
+            return
+        self._complete(io, self._effect(io, range(io.lo, io.hi)))
+
+    def _land_and_fail(self, io: Io, error: int) -> None:
+        if io.gone:
+            return
+        some = [number for number in range(io.lo, io.hi) if self._fate.below(2)]
+        self._effect(io, some)
+        self._complete(io, -error)
+
+    def _effect(self, io: Io, sectors: Sequence[int]) -> int:
+        """What the request does to the box; its result."""
+        path = io.path
+        box = path.box
+        if path.fenced or path.lost_path or not box.powered:
+            return -errno.EIO
+        if io.op is Op.FLUSH:
+            box.flush()
+            return 0
+        if io.op is Op.READ:
+            if box.bad_sectors and any(number in box.bad_sectors for number in range(io.lo, io.hi)):
+                return -errno.EIO
+            if not io.ghost and io.buffer is not None:
+                at = io.buffer_offset
+                io.buffer.view[at : at + io.length_bytes] = box.data[
+                    io.offset_bytes : io.offset_bytes + io.length_bytes
+                ]
+            return io.length_bytes
+        if io.op is Op.DISCARD and not path.discard_zeroes:
+            return -errno.EOPNOTSUPP
+        if sectors:
+            box.write(io, sectors)
+        io.landed = True
+        return io.length_bytes if io.op is Op.WRITE else 0
+
+    def _complete(self, io: Io, result: int) -> None:
+        if io.gone:
+            return
+        io.gone = True
+        del self._flight[io]
+        if not self.process.alive:
+            self._in_flight -= 1
+            return
+        self._done.append((io.target, io.tag, result))
+        if not self._delivering:
+            self._delivering = True
+            self._loop.call_soon(self._deliver, context=self.process.context.copy())
+
+    def _deliver(self) -> None:
+        self._delivering = False
+        done, self._done = self._done, []
+        self._in_flight -= len(done)
+        self._sweep.deliver(done)
+        if not self._in_flight and self._sweep.awaits_drain:
+            self._sweep.drained()
+
+    # --- faults -----------------------------------------------------------------------------------------
+
+    def release(self, path: Path, error: int = 0) -> None:
+        """The path is well again: what was stuck goes on, or fails."""
+        stuck, path.stuck = path.stuck, []
+        for io in stuck:
+            if io.gone:
+                continue
+            if error:
+                self._complete(io, -error)
+            else:
+                self._later(LATENCIES_S[self._latency.below(len(LATENCIES_S))], self._land, io)
+
+    def process_died(self, late_s: Sequence[float]) -> None:
+        """The process is gone: what it had queued never goes out, each request in flight meets its fate.
+
+        `late_s` are the delays a late one may have.
+        """
+        waiting = [*self._queued, *self._flight]
+        self._awaited = [io.target for io in waiting] + [target for target, _, _ in self._done]
+        self._awaited = [target for target in self._awaited if isinstance(target, _Once)]
+        self._queued = []
+        self._in_flight -= len(self._done)
+        self._done = []
+        for io in list(self._flight):
+            if io.op is Op.WRITE and io.buffer is not None:
+                io.ghost = bytes(io.data())
+            fate = LANDINGS[self._fate.below(len(LANDINGS))]
+            stuck = io in io.path.stuck
+            if io.op is not Op.WRITE or (fate == "none" and not stuck):
+                self._complete(io, -errno.EIO)
+                continue
+            sectors = range(io.lo, io.hi)
+            some = [number for number in sectors if self._fate.below(2)] if "torn" in fate else list(sectors)
+            if "late" in fate or stuck:
+                # nothing else may complete it: it is the box's now
+                ghost = self._ghost(io)
+                self._later(late_s[self._fate.below(len(late_s))], self._land_ghost, ghost, some)
+            else:
+                self._land_ghost(self._ghost(io), some)
+
+    def _ghost(self, io: Io) -> Io:
+        """A copy that the timers of the living know nothing of."""
+        io.gone = True
+        del self._flight[io]
+        if io in io.path.stuck:
+            io.path.stuck.remove(io)
+        ghost = Io(self, io.path, io.op, io.offset_bytes, io.length_bytes, None, 0, io.target, io.tag, io.fua)
+        ghost.ghost = io.ghost
+        self._flight[ghost] = None
+        return ghost
+
+    def _land_ghost(self, io: Io, sectors: Sequence[int]) -> None:
+        if io.gone:
+            return
+        self._effect(io, sectors)
+        self._complete(io, 0)
+
+    def let_go(self) -> None:
+        """The process is dead: whoever of it awaits a request is told something, so that its task can end."""
+        for target in self._awaited:
+            target.io_done(0, -errno.ESHUTDOWN)
+
+    def cut_off(self) -> None:
+        """What is on its way never lands."""
+        for io in list(self._flight):
+            if io in io.path.stuck:
+                io.path.stuck.remove(io)
+            self._complete(io, -errno.EIO)
+
+
+def _nobody() -> Any:
+    import contextvars
+
+    return contextvars.Context()
+
+
+_NOBODY = _nobody()

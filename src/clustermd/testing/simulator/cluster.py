@@ -1,0 +1,296 @@
+"""A simulated cluster: boxes, machines, their group, and who proves the ends of the lost.
+
+Every fault is a method here; what they may do to each other is the atlas's business. The proof of an end follows
+`group/proof.py`: a member that is lost is fenced when nothing of its array process can land any more. One that does not
+come to that by itself is killed after `fence_after_s`, and where the plan has storage fencing, cut off from the boxes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from clustermd.testing.simulator.boxes import Box, Watcher
+from clustermd.testing.simulator.clock import SimClock
+from clustermd.testing.simulator.dice import Dice
+from clustermd.testing.simulator.loop import Crashed, Process, SimLoop
+from clustermd.testing.simulator.machine import ArrayProcess, Attached, Lockd, Machine
+from clustermd.testing.simulator.order import SimGroup
+from clustermd.testing.simulator.plan import Plan
+from clustermd.ondisk.create import BitmapKind, NewMember, plan_create
+
+PROOF_POLL_S = 0.02
+RESTART_S = 0.2
+
+Listener = Callable[[Machine, str, dict[str, Any]], None]
+
+
+class SimCluster:
+    """See the module. `point(...)` tells `listener` of every trace point that a living process passes."""
+
+    def __init__(self, plan: Plan, dice: Dice, loop: SimLoop, watcher: Watcher, listener: Listener) -> None:
+        self.plan = plan
+        self.dice = dice
+        self.loop = loop
+        self.clock = SimClock(loop)
+        self.watcher = watcher
+        self.listener = listener
+        self.pipes = dice.stream("pipes")
+        self.fate = dice.stream("cluster")
+        self.group = SimGroup(loop, dice, plan.nodes, durable=plan.durable)
+        self.boxes = [
+            Box(f"box{number}", plan.data_offset_sectors + plan.array_sectors, dice, watcher)
+            for number in range(plan.members)
+        ]
+        self.machines = {number: Machine(self, number) for number in range(1, plan.nodes + 1)}
+        self.on_started: Callable[[ArrayProcess], None] = lambda array: None
+        self.on_gone: Callable[[ArrayProcess], None] = lambda array: None
+        self.on_ended: Callable[[ArrayProcess], None] = lambda array: None  # proved, however it came
+        self.restarts = True
+        self._cut: set[int] = set()
+        self._incarnation = 0
+        self._serial = 0
+        self._arrays: list[ArrayProcess] = []
+        self._graves: list[Process] = []
+        self._format()
+
+    def _format(self) -> None:
+        plan = self.plan
+        made = plan_create(
+            devices=[NewMember(box.name, box.size_sectors) for box in self.boxes],
+            raid_disks=plan.raid_disks,
+            name="md0",
+            set_uuid=b"U" * 16,
+            device_uuids=[bytes([number + 1]) * 16 for number in range(len(self.boxes))],
+            now=1_700_000_000,
+            bitmap=BitmapKind.CLUSTERED,
+            nodes=plan.slots,
+            cluster_name="simulated",
+            bitmap_chunk_bytes=plan.chunk_bytes,
+            daemon_sleep=plan.daemon_sleep_s,
+            assume_clean=True,
+            minor=2,
+            data_offset_sectors=plan.data_offset_sectors,
+        )
+        for box, member in zip(self.boxes, made.members, strict=True):
+            for sector, content in member.writes:
+                box.data[sector * 512 : sector * 512 + len(content)] = content
+
+    # --- points -----------------------------------------------------------------------------------------
+
+    def point(self, machine: Machine, process: Process, name: str, fields: dict[str, Any]) -> None:
+        if not process.alive:
+            return
+        self.listener(machine, name, fields)
+        if not process.alive:
+            raise Crashed(name)
+
+    # --- machines ----------------------------------------------------------------------------------------
+
+    def start_lockd(self, machine: Machine) -> None:
+        if machine.up:
+            return
+        self._incarnation += 1
+        machine.lockd = Lockd(machine, self._incarnation)
+        self.group.join(machine.lockd.port)
+        self.watch_lost()
+
+    def start_array(self, machine: Machine) -> None:
+        if machine.array is not None and machine.array.process.alive:
+            return
+        self._serial += 1
+        machine.array = ArrayProcess(machine, self._serial)
+        self._arrays.append(machine.array)
+
+    def start(self, machine: Machine) -> None:
+        self.start_lockd(machine)
+        self.start_array(machine)
+
+    def array_started(self, array: ArrayProcess) -> None:
+        self.on_started(array)
+
+    def array_not_started(self, array: ArrayProcess) -> None:
+        """The start was refused; an operator tries again."""
+        self._end_process(array.process)
+        self.on_gone(array)
+        if self.restarts:
+            self.loop.call_later(RESTART_S, self._start_array_if_up, array.machine)
+
+    def _start_array_if_up(self, machine: Machine) -> None:
+        if machine.up and not machine.paused:
+            self.start_array(machine)
+
+    def stop_array(self, machine: Machine, then: Callable[[], None]) -> None:
+        """A clean stop of the array; its lock daemon stays."""
+        array = machine.array
+        if array is None or not array.process.alive or array.stopping:
+            return
+
+        def done() -> None:
+            self.loop.call_soon(finished, context=_outside())
+
+        def finished() -> None:
+            self._end_process(array.process)
+            self.on_gone(array)
+            then()
+
+        array.stop(done)
+
+    def leave(self, machine: Machine) -> None:
+        """The lock daemon of a machine whose array is stopped says goodbye."""
+        lockd = machine.lockd
+        if lockd is None or not lockd.process.alive or lockd.sessions:
+            return
+        self._end_process(lockd.process)
+        self.group.leave(lockd.port)
+
+    # --- deaths ---------------------------------------------------------------------------------------------
+
+    def kill_array(self, machine: Machine) -> None:
+        array = machine.array
+        if array is None or not array.process.alive:
+            return
+        self._end_process(array.process)
+        if array.broken_s < 0:
+            array.broken_s = self.loop.time()
+        array.submitter.process_died(self.plan.late_s)
+        for link in array.links:
+            link.array_died()
+        array.serving = False
+        self.on_gone(array)
+
+    def kill_lockd(self, machine: Machine, detect_s: float) -> None:
+        """Its sessions end at once, its death is noticed after `detect_s`."""
+        lockd = machine.lockd
+        if lockd is None or not lockd.process.alive:
+            return
+        self._end_process(lockd.process)
+        for attached in lockd.sessions.values():
+            for link in attached.array.links:
+                if link._lockd is lockd:
+                    link.lockd_died()
+            if attached.array.broken_s < 0:
+                attached.array.broken_s = self.loop.time()
+        self.loop.call_later(detect_s, self._lost, lockd, context=_outside())
+
+    def kill(self, machine: Machine, detect_s: float) -> None:
+        """The machine loses power."""
+        self.kill_array(machine)
+        self.kill_lockd(machine, detect_s)
+        machine.paused = False
+
+    def lockd_over(self, lockd: Lockd, reason: str) -> None:
+        """A lock daemon ends by itself: its state belongs to no history that goes on. It is started anew."""
+        machine = lockd.machine
+        self.kill_lockd(machine, 0.001)
+        self.loop.call_later(RESTART_S, self._start_lockd_again, machine, context=_outside())
+
+    def _start_lockd_again(self, machine: Machine) -> None:
+        if self.restarts and machine.array is not None and machine.array.process.alive:
+            self.start_lockd(machine)
+
+    def pause(self, machine: Machine) -> None:
+        """The whole machine stands still; its requests on the way go on."""
+        machine.paused = True
+        for process in machine.processes():
+            self.loop.pause(process)
+
+    def resume(self, machine: Machine) -> None:
+        machine.paused = False
+        for process in machine.processes():
+            if process.paused:
+                self.loop.resume(process)
+
+    def _end_process(self, process: Process) -> None:
+        if process.alive:
+            process.alive = False
+            process.paused = False
+            self._graves.append(process)
+            self.loop.call_soon(self._bury, process, context=_outside())
+
+    def _bury(self, process: Process) -> None:
+        for array in self._arrays:
+            if array.process is process:
+                process.context.copy().run(array.let_go)
+        self.loop.bury(process)
+
+    # --- being lost and fenced ---------------------------------------------------------------------------------
+
+    def lose(self, machine: Machine) -> None:
+        """The group gives a member up that may well be alive."""
+        if machine.lockd is not None:
+            self._lost(machine.lockd)
+
+    def _lost(self, lockd: Lockd) -> None:
+        self.group.lose(lockd.port)
+        self.watch_lost()
+
+    def cut_off(self, numbers: set[int]) -> None:
+        """These nodes and the others do not hear each other any more."""
+        self._cut |= numbers
+        self.group.partition(self._cut)
+        self.watch_lost()
+
+    def heal(self, numbers: set[int]) -> None:
+        """They hear each other again."""
+        if self._cut & numbers:
+            self._cut -= numbers
+            self.group.partition(self._cut)
+            self.watch_lost()
+
+    def thaw(self) -> None:
+        self.group.thaw()
+        self.watch_lost()
+
+    def watch_lost(self) -> None:
+        """Begin to prove the end of every member that is lost."""
+        for machine in self.machines.values():
+            for lockd in machine.lockds:
+                if lockd.port.me in self.group.lost and not lockd.proving:
+                    lockd.proving = True
+                    self._prove(lockd, self.loop.time())
+
+    def _prove(self, lockd: Lockd, since_s: float) -> None:
+        member = lockd.port.me
+        if member not in self.group.lost:
+            lockd.proving = False  # it is back
+            return
+        waited_s = self.loop.time() - since_s
+        if not lockd.process.alive and all(attached.drained() for attached in lockd.witnesses):
+            for attached in lockd.witnesses:
+                if not attached.released:
+                    attached.array.submitter.life_over = True
+            for attached in lockd.witnesses:
+                self.on_ended(attached.array)
+            self.group.fence(member, "its last request has landed")
+            return
+        if waited_s >= self.plan.fence_after_s:
+            self._fence(lockd)
+        self.loop.call_later(PROOF_POLL_S, self._prove, lockd, since_s, context=_outside())
+
+    def _fence(self, lockd: Lockd) -> None:
+        """Make an end that does not come by itself."""
+        for attached in lockd.witnesses:
+            if not attached.ended and attached.array.process.alive:
+                self.kill_array(attached.array.machine)
+            if self.plan.storage_fence and not attached.drained():
+                attached.array.cut_off()
+        if lockd.process.alive:
+            self.kill_lockd(lockd.machine, 0.001)
+
+    # --- the end -------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Nothing goes on."""
+        for machine in self.machines.values():
+            for process in machine.processes():
+                process.alive = False
+                self._graves.append(process)
+        for process in self._graves:
+            self._bury(process)
+
+
+def _outside() -> Any:
+    import contextvars
+
+    return contextvars.Context()

@@ -1,0 +1,350 @@
+"""The simulated process group: one order, views, partitions, and proofs of ends (`group/process_group.py`).
+
+A `Component` is a set of members that hear each other; normally there is one. Messages wait to be ordered, are ordered by
+their component, and reach each member after a delay of its own, in order. So a member may die, be cut off or be paused
+between any two messages. Two manners of real groups are played:
+
+- **durable** (as `local`): what is ordered survives whoever ordered it, and is stable when delivered.
+- **agreed** (as corosync): what only members that are gone have heard is lost to the others; a message is stable once members
+  with a majority of all votes have heard it. A member that is cut off may have heard what nobody else ever hears.
+
+A view that has no majority is not quorate. A member that is gone without goodbye is lost, and told of as lost again in
+each view in which somebody joins, until `fence` says that it has ended and its I/O has drained.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from clustermd.group.process_group import Busy, GroupEvents, Left, Member, View, Witness
+from clustermd.testing.simulator.dice import Dice
+from clustermd.testing.simulator.loop import Process, SimLoop
+
+DELAYS_S = (0.00005, 0.0001, 0.0001, 0.0002, 0.0003, 0.0006, 0.002)
+MAX_PAYLOAD_BYTES = 60_000
+BUSY_AT = 200
+
+Entry = Callable[["Port"], None]
+
+
+class Port:
+    """One member's end of the group (a `ProcessGroup`). `slow_s` delays all that it hears."""
+
+    def __init__(self, group: SimGroup, me: Member, process: Process) -> None:
+        self.me = me
+        self.max_payload = MAX_PAYLOAD_BYTES
+        self.group = group
+        self.process = process
+        self.events: GroupEvents | None = None
+        self.component: Component | None = None
+        self.inbox: deque[Entry] = deque()
+        self.outgoing: deque[bytes] = deque()
+        self.heard = 0
+        self.told_stable = 0
+        self.slow_s = 0.0
+        self._delivering = False
+        self._accepting = False
+
+    # --- ProcessGroup ---------------------------------------------------------------------------------
+
+    def multicast(self, payload: bytes) -> None:
+        assert len(payload) <= self.max_payload
+        if not self.process.alive:
+            return
+        if len(self.outgoing) >= BUSY_AT:
+            raise Busy("many messages wait to be ordered")
+        self.outgoing.append(payload)
+        self.accept_soon()
+
+    async def register_witness(self, witness: Witness) -> None: ...
+
+    async def withdraw_witness(self, key: str) -> None: ...
+
+    async def leave(self) -> None:
+        self.group.leave(self)
+
+    # --- the way in and out ---------------------------------------------------------------------------
+
+    def accept_soon(self) -> None:
+        component = self.component
+        if not self._accepting and self.outgoing and component is not None and not self.group.frozen:
+            self._accepting = True
+            self.group.later(self._accept)
+
+    def _accept(self) -> None:
+        self._accepting = False
+        component = self.component
+        if component is None or self.group.frozen or not self.outgoing or not self.process.alive:
+            return
+        for _ in range(1 + self.group.draw.below(len(self.outgoing))):
+            component.order(self.me, self.outgoing.popleft())
+        self.accept_soon()
+
+    def deliver_soon(self) -> None:
+        if not self._delivering and self.inbox:
+            self._delivering = True
+            # the process's own doing: a paused one hears nothing until it goes on
+            self.group.loop.call_later(
+                self.group.delay_s() + self.slow_s, self._deliver, context=self.process.context.copy()
+            )
+
+    def _deliver(self) -> None:
+        self._delivering = False
+        for _ in range(1 + self.group.draw.below(len(self.inbox)) if self.inbox else 0):
+            if not self.inbox or not self.process.alive:
+                return
+            self.inbox.popleft()(self)
+        self.deliver_soon()
+
+    def tell(self, entry: Entry) -> None:
+        self.inbox.append(entry)
+        self.deliver_soon()
+
+
+@dataclass(eq=False)
+class Component:
+    """Members that hear each other. `log` holds the messages of this ring: (sender, payload), index from 1."""
+
+    group: SimGroup
+    ring: tuple[int, int]
+    ports: list[Port]
+    quorate: bool
+    log: list[tuple[Member, bytes]] = field(default_factory=list)
+    heard: dict[int, int] = field(default_factory=dict)
+    stable: int = 0
+
+    def order(self, sender: Member, payload: bytes) -> None:
+        self.log.append((sender, payload))
+        index = len(self.log)
+        for port in self.ports:
+            port.tell(self.entry(index))
+
+    def entry(self, index: int) -> Entry:
+        sender, payload = self.log[index - 1]
+
+        def deliver(port: Port) -> None:
+            port.heard = index
+            assert port.events is not None
+            port.events.on_message(index, sender, payload)
+            self._heard(port, index)
+
+        return deliver
+
+    def _heard(self, port: Port, index: int) -> None:
+        if self.group.durable:
+            assert port.events is not None
+            port.events.on_stable(index)
+            return
+        self.heard[port.me.node] = index
+        by_all = sorted(self.heard.values(), reverse=True)
+        if len(by_all) < self.group.majority:
+            return
+        stable = by_all[self.group.majority - 1]
+        if stable > self.stable:
+            self.stable = stable
+            for other in self.ports:
+                other.tell(_stable(stable, self))
+
+
+def _stable(index: int, component: Component) -> Entry:
+    def deliver(port: Port) -> None:
+        if port.component is component and index > port.told_stable and port.heard >= index:
+            port.told_stable = index
+            assert port.events is not None
+            port.events.on_stable(index)
+
+    return deliver
+
+
+class SimGroup:
+    """The group of a cluster with `votes` nodes."""
+
+    def __init__(self, loop: SimLoop, dice: Dice, votes: int, *, durable: bool) -> None:
+        self.loop = loop
+        self.durable = durable
+        self.majority = votes // 2 + 1
+        self.draw = dice.stream("order")
+        self.components: list[Component] = []
+        self.joining: list[Port] = []
+        self.lost: dict[Member, str] = {}  # lost members, with the proof once there is one
+        self.frozen = False
+        self._goodbyes: dict[Member, Left] = {}
+        self._ring = 0
+        self._cut_off: set[int] = set()  # node numbers that do not hear the others
+
+    def delay_s(self) -> float:
+        return DELAYS_S[self.draw.below(len(DELAYS_S))]
+
+    def later(self, what: Callable[[], None]) -> None:
+        self.loop.call_later(self.delay_s(), what)
+
+    # --- membership ---------------------------------------------------------------------------------------
+
+    def ports(self) -> list[Port]:
+        return sorted(
+            (port for component in self.components for port in component.ports), key=lambda port: port.me
+        )
+
+    def port(self, node: int, incarnation: int, process: Process) -> Port:
+        """A new member; it is told its first view when the group takes it."""
+        port = Port(self, Member(node, incarnation, f"node{node}"), process)
+        self.joining.append(port)
+        return port
+
+    def join(self, port: Port) -> None:
+        if port in self.joining:
+            self.reconfigure()
+
+    def leave(self, port: Port) -> None:
+        """A goodbye."""
+        self._drop(port)
+        self.reconfigure(left={port.me: Left.LEFT})
+
+    def lose(self, port: Port) -> None:
+        """The group notices that a member is gone."""
+        if port in self.joining:
+            self.joining.remove(port)
+        if port.component is None:
+            return
+        self._drop(port)
+        self.lost.setdefault(port.me, "")
+        self.reconfigure(left={port.me: Left.LOST})
+
+    def _drop(self, port: Port) -> None:
+        component = port.component
+        if component is not None:
+            component.ports.remove(port)
+        port.component = None
+
+    def fence(self, member: Member, proof: str) -> None:
+        """The end of a lost member is proved: ordered, and said again where it may have been lost."""
+        if member in self.lost and not self.lost[member]:
+            self.lost[member] = proof
+            for component in self.components:
+                self._say_fenced(component, member)
+
+    def _say_fenced(self, component: Component, member: Member) -> None:
+        """All of this view must hear it, else it is said again in the next one."""
+        proof = self.lost[member]
+        if not component.quorate or self.frozen:
+            return
+        waiting = set(component.ports)
+
+        def deliver(port: Port) -> None:
+            assert port.events is not None
+            port.events.on_fenced(member, proof)
+            waiting.discard(port)
+            if not waiting:
+                self.lost.pop(member, None)
+
+        for port in component.ports:
+            port.tell(deliver)
+
+    # --- partitions ---------------------------------------------------------------------------------------
+
+    def partition(self, cut_off: Iterable[int]) -> None:
+        """From now on these nodes and the others do not hear each other."""
+        self._cut_off = set(cut_off)
+        self.reconfigure()
+
+    def heal(self) -> None:
+        self._cut_off = set()
+        self.reconfigure()
+
+    def freeze(self) -> None:
+        """What orders the messages is gone: nobody may act until `thaw`."""
+        self.frozen = True
+        self._ring += 1
+        for component in self.components:
+            component.quorate = False
+            members = tuple(port.me for port in component.ports)
+            for port in component.ports:
+                self._close(port, component)
+                port.tell(_view(View((self._ring, 0), members, (), (), False)))
+
+    def thaw(self) -> None:
+        """A successor begins with those that are still there."""
+        if self.frozen:
+            self.frozen = False
+            self.reconfigure()
+
+    def _close(self, port: Port, component: Component) -> None:
+        """What `port` still hears of `component`: the agreed part of its log."""
+        if self.durable:
+            return  # everything ordered is in its inbox and stays
+        cut = max(
+            (other.heard for other in component.ports if self._side(other) == self._side(port)), default=0
+        )
+        port.inbox = deque(component.entry(index) for index in range(port.heard + 1, cut + 1))
+
+    def _side(self, port: Port) -> bool:
+        return port.me.node in self._cut_off
+
+    def reconfigure(self, left: dict[Member, Left] | None = None) -> None:
+        """New views: one component on each side of a partition, or one for all."""
+        self._goodbyes |= left or {}
+        if self.frozen:
+            return
+        left, self._goodbyes = self._goodbyes, {}
+        before = {port: component for component in self.components for port in component.ports}
+        for port, component in before.items():
+            self._close(port, component)
+        arriving, self.joining = self.joining, []
+        for port in arriving:
+            port.inbox.clear()
+        everybody = sorted([*before, *arriving], key=lambda port: port.me)
+        sides = {self._side(port) for port in everybody}
+        components = []
+        quorate_before = {port for port, component in before.items() if component.quorate}
+        for side in sorted(sides):
+            ports = [port for port in everybody if self._side(port) == side]
+            self._ring += 1
+            components.append(self._begin(ports, side, left, quorate_before, len(sides) > 1))
+        self.components = components
+        proved = [member for member, proof in self.lost.items() if proof]
+        for component in components:
+            for member in proved:
+                self._say_fenced(component, member)
+        for port in everybody:
+            if self.draw.below(2):
+                port.outgoing.clear()  # delivered in the next view or never
+            port.accept_soon()
+
+    def _begin(
+        self,
+        ports: list[Port],
+        side: bool,
+        left: dict[Member, Left],
+        quorate_before: set[Port],
+        divided: bool,
+    ) -> Component:
+        quorate = len(ports) >= self.majority or (self.durable and not divided)
+        component = Component(self, (self._ring, 1 + int(side)), ports, quorate)
+        members = tuple(port.me for port in ports)
+        if quorate:
+            # whoever was heard of in a quorate view and is not here is lost
+            for port in quorate_before:
+                if port not in ports:
+                    self.lost.setdefault(port.me, "")
+            for member in members:
+                self.lost.pop(member, None)
+        gone = dict(left) | {member: Left.LOST for member in self.lost if member not in members}
+        joined = tuple(port.me for port in ports if port not in quorate_before)
+        view = View(
+            component.ring, members, joined, tuple(sorted(gone.items(), key=lambda item: item[0])), quorate
+        )
+        for port in ports:
+            port.component = component
+            port.heard = port.told_stable = 0
+            port.tell(_view(view))
+        return component
+
+
+def _view(view: View) -> Entry:
+    def deliver(port: Port) -> None:
+        assert port.events is not None
+        port.events.on_view(view)
+
+    return deliver

@@ -1,0 +1,56 @@
+"""What a run is made of: the cluster, what clients do, and what goes wrong, as plain values that can be kept in a file.
+
+A plan is drawn from a seed by the atlas and the workloads, or read from a kept regression. Times are virtual seconds from
+the moment in which all nodes serve for the first time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Something that is done at a time: `what` names it, `args` are its numbers and words."""
+
+    at_s: float
+    what: str
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One run. `durable`: the group is of the `local` kind, else of corosync's (`order`)."""
+
+    seed: int = 0
+    nodes: int = 3
+    slots: int = 4
+    members: int = 2
+    raid_disks: int = 2
+    durable: bool = True
+    storage_fence: bool = False
+    fence_after_s: float = 3.0
+    late_s: tuple[float, ...] = (0.001, 0.05, 0.5, 4.0)
+    data_offset_sectors: int = 256
+    array_sectors: int = 2048
+    chunk_bytes: int = 16384
+    daemon_sleep_s: int = 1
+    device_timeout_s: int = 5
+    discard: bool = True
+    work: tuple[Step, ...] = ()
+    faults: tuple[Step, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Plan:
+        """Raises TypeError for unknown or missing values."""
+        plan = cls(**values)
+        return replace(
+            plan,
+            late_s=tuple(plan.late_s),
+            work=tuple(Step(**step) for step in values.get("work", ())),
+            faults=tuple(Step(**step) for step in values.get("faults", ())),
+        )
