@@ -118,6 +118,13 @@ class Array:
         state.active = not state.clean
         submitter.after_sweep(self.bitmap_writer.kick)
         state.gate.listen(self._gate_changed)
+        if trace.on:
+            trace.point(
+                "array.assembled",
+                uuid=state.reference.set_uuid.hex(),
+                clustered=coordinator.clustered,
+                members={member.number: member.path for member in state.members},
+            )
 
     # --- Volume -----------------------------------------------------------------------------------
 
@@ -341,10 +348,12 @@ class Array:
     def doubt(self, reason: str) -> None:
         """The superblocks cannot be confirmed: requests are kept, the gate stays open to read them again."""
         self._in_doubt = reason
+        self.state.trace.point("array.doubt", reason=reason)
         self._keep_or_serve()
 
     def trust(self) -> None:
         self._in_doubt = ""
+        self.state.trace.point("array.trust")
         self._keep_or_serve()
 
     def _keep_or_serve(self) -> None:

@@ -104,7 +104,7 @@ class Repair:
         if source is None or await transfer(state, source, Op.READ, lo, length, shared) != length:
             return
         state.trace.point("resync.read", lo=lo, hi=hi)
-        state.trace.point("resync.write", lo=lo, hi=hi, members=[member.number])
+        state.trace.point("resync.write", lo=lo, hi=hi, members=[member.number], durable=True)
         result = await transfer(state, member, Op.WRITE, lo, length, shared, fua=True)
         if result == length:
             state.trace.point("resync.wrote", lo=lo, hi=hi)

@@ -377,7 +377,7 @@ class Resync:
             state.trace.point("resync.read", lo=lo, hi=hi)
             targets = [member for member in state.writable if member is not source]
             numbers = [member.number for member in targets]
-            state.trace.point("resync.write", lo=lo, hi=hi, members=numbers)
+            state.trace.point("resync.write", lo=lo, hi=hi, members=numbers, durable=False)
             results = await asyncio.gather(
                 *(transfer(state, member, Op.WRITE, lo, length, shared) for member in targets)
             )

@@ -44,6 +44,7 @@ class Sweep:
             ready = bitmap.begin_sweep()
             if not ready:
                 return 0
+            state.trace.point("sweep.begin", chunks=ready)
             if not await self.flush_members():
                 return 0
             state.trace.point("sweep.flushed", chunks=ready)

@@ -154,6 +154,7 @@ class Life:
         await self._stop_tasks()
         if self._joined:
             await self.channel.stop()
+        self.trace.point("life.over")
         await self.link.close()
 
     async def _stop_tasks(self) -> None:

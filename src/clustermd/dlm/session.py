@@ -267,11 +267,6 @@ class Session:
         self._next_lock += 1
         return self._next_lock
 
-    def closing(self) -> None:
-        """Whoever holds the connection is about to close it in order: nothing relies on its locks any more."""
-        if not self._lost:
-            self.trace.point("session.closed")
-
     async def join(
         self, name: str, events: LockspaceEvents, *, lvb_bytes: int = 64, max_slots: int
     ) -> SessionLockspace:

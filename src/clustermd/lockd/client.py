@@ -69,7 +69,6 @@ class LockdConnection:
         """
         if self.lost:
             return
-        self.session.closing()
         try:
             await self._ask("goodbye")
         except ClusterLost:
