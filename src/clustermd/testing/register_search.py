@@ -113,7 +113,7 @@ class _Search:
             if target in state[1]:
                 found.add(state)
                 continue
-            for following in self._steps(*state):
+            for following in self._steps(state[1]):
                 if following not in met:
                     met.add(following)
                     ahead.append(following)
@@ -124,18 +124,17 @@ class _Search:
                         )
         return found
 
-    def _steps(self, value: Value, done: frozenset[int]) -> list[_State]:
-        """The states after one more open write."""
+    def _steps(self, done: frozenset[int]) -> list[_State]:
+        """The states after one more open write. Open older ones of its node are overtaken: done before it, or never."""
         waiting = [n for n in self.open if self.accesses[n].is_write and n not in done]
         found = []
         for number in waiting:
             mine = self.accesses[number].value
-            older = [
+            older = (
                 n
                 for n in waiting
                 if self.accesses[n].value.node == mine.node
                 and self.accesses[n].value.generation < mine.generation
-            ]
-            if all(self.accesses[n].end_ns is None for n in older):
-                found.append(self._with_reads(mine, done.union(older, (number,))))
+            )
+            found.append(self._with_reads(mine, done.union(older, (number,))))
         return found
