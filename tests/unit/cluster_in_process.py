@@ -39,7 +39,7 @@ class NodeLink:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._number = node.replica.open_session("array md0", 1)
-        self.session = Session(self._send)
+        self.session = Session(self._send, node.trace)
         node.sessions[self._number] = self.session
 
     def _send(self, frame: list[Any]) -> None:
