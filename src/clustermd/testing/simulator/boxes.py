@@ -284,7 +284,10 @@ class SimSubmitter:
         if not self._queued:
             return
         if not self.process.alive:
-            self._queued = []
+            dead, self._queued = self._queued, []
+            for io in dead:
+                if isinstance(io.target, _Once):
+                    io.target.io_done(io.tag, -errno.ESHUTDOWN)
             return
         state = self._sweep.verdict()
         if state is GateState.SHUT:
@@ -367,7 +370,7 @@ class SimSubmitter:
 
     def _later(self, delay_s: float, what: Callable[..., None], *args: Any) -> None:
         # the disk's doing, not the process's: it goes on when that is dead or stopped
-        self._loop.call_later(delay_s, what, *args, context=_NOBODY)
+        self._loop.later(delay_s, what, *args)
 
     def _land(self, io: Io) -> None:
         if io.gone:
@@ -496,12 +499,3 @@ class SimSubmitter:
             if io in io.path.stuck:
                 io.path.stuck.remove(io)
             self._complete(io, -errno.EIO)
-
-
-def _nobody() -> Any:
-    import contextvars
-
-    return contextvars.Context()
-
-
-_NOBODY = _nobody()

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from clustermd.ondisk.create import BitmapKind, NewMember, plan_create
 from clustermd.testing.simulator.boxes import Box, Watcher
 from clustermd.testing.simulator.clock import SimClock
 from clustermd.testing.simulator.dice import Dice
 from clustermd.testing.simulator.loop import Crashed, Process, SimLoop
-from clustermd.testing.simulator.machine import ArrayProcess, Attached, Lockd, Machine
+from clustermd.testing.simulator.machine import ArrayProcess, Lockd, Machine
 from clustermd.testing.simulator.order import SimGroup
 from clustermd.testing.simulator.plan import Plan
-from clustermd.ondisk.create import BitmapKind, NewMember, plan_create
 
 PROOF_POLL_S = 0.02
 RESTART_S = 0.2
@@ -114,7 +114,7 @@ class SimCluster:
         self._end_process(array.process)
         self.on_gone(array)
         if self.restarts:
-            self.loop.call_later(RESTART_S, self._start_array_if_up, array.machine)
+            self.loop.later(RESTART_S, self._start_array_if_up, array.machine)
 
     def _start_array_if_up(self, machine: Machine) -> None:
         if machine.up and not machine.paused:
@@ -127,7 +127,7 @@ class SimCluster:
             return
 
         def done() -> None:
-            self.loop.call_soon(finished, context=_outside())
+            self.loop.later(0.0, finished)
 
         def finished() -> None:
             self._end_process(array.process)
@@ -171,7 +171,7 @@ class SimCluster:
                     link.lockd_died()
             if attached.array.broken_s < 0:
                 attached.array.broken_s = self.loop.time()
-        self.loop.call_later(detect_s, self._lost, lockd, context=_outside())
+        self.loop.later(detect_s, self._lost, lockd)
 
     def kill(self, machine: Machine, detect_s: float) -> None:
         """The machine loses power."""
@@ -183,7 +183,7 @@ class SimCluster:
         """A lock daemon ends by itself: its state belongs to no history that goes on. It is started anew."""
         machine = lockd.machine
         self.kill_lockd(machine, 0.001)
-        self.loop.call_later(RESTART_S, self._start_lockd_again, machine, context=_outside())
+        self.loop.later(RESTART_S, self._start_lockd_again, machine)
 
     def _start_lockd_again(self, machine: Machine) -> None:
         if self.restarts and machine.array is not None and machine.array.process.alive:
@@ -206,7 +206,7 @@ class SimCluster:
             process.alive = False
             process.paused = False
             self._graves.append(process)
-            self.loop.call_soon(self._bury, process, context=_outside())
+            self.loop.later(0.0, self._bury, process)
 
     def _bury(self, process: Process) -> None:
         for array in self._arrays:
@@ -266,7 +266,7 @@ class SimCluster:
             return
         if waited_s >= self.plan.fence_after_s:
             self._fence(lockd)
-        self.loop.call_later(PROOF_POLL_S, self._prove, lockd, since_s, context=_outside())
+        self.loop.later(PROOF_POLL_S, self._prove, lockd, since_s)
 
     def _fence(self, lockd: Lockd) -> None:
         """Make an end that does not come by itself."""
@@ -288,9 +288,3 @@ class SimCluster:
                 self._graves.append(process)
         for process in self._graves:
             self._bury(process)
-
-
-def _outside() -> Any:
-    import contextvars
-
-    return contextvars.Context()

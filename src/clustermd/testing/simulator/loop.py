@@ -81,6 +81,12 @@ class Handle:
         return self.time_s
 
 
+class Timer(Handle):
+    """A scheduled callback with a time."""
+
+    __slots__ = ()
+
+
 class SimLoop(asyncio.AbstractEventLoop):
     """See the module. `failed(context)` is told of exceptions that reach no caller."""
 
@@ -128,10 +134,8 @@ class SimLoop(asyncio.AbstractEventLoop):
                 continue
             process = handle.process
             if process is not None:
-                if not process.alive:
-                    continue
-                if process.paused:
-                    process.frozen.append(handle)
+                if process.paused or not process.alive:
+                    process.frozen.append(handle)  # a dead one's are for its burial
                     continue
             spins += 1
             if spins > SPIN_LIMIT:
@@ -161,12 +165,12 @@ class SimLoop(asyncio.AbstractEventLoop):
     def bury(self, process: Process) -> None:
         """Let the tasks of a killed process unwind: nothing they do counts any more, but nothing may be left of them."""
         assert not process.alive
-        process.frozen.clear()
         before = asyncio._get_running_loop()
         asyncio._set_running_loop(self)
-        others = [handle for handle in self._ready if handle.process is not process]
+        others: list[Handle] = []
+        self._ready += process.frozen
+        process.frozen = []
         for _ in range(50):
-            self._ready = []
             tasks = [task for task in process.tasks if not task.done()]
             if not tasks:
                 break
@@ -176,12 +180,16 @@ class SimLoop(asyncio.AbstractEventLoop):
                 handle = self._ready.pop(0)
                 if handle.process is not process:
                     others.append(handle)
-                elif not handle._cancelled:
+                elif not handle._cancelled and not isinstance(handle, Timer):
                     self._call(handle)
         self._ready = others
         asyncio._set_running_loop(before)
         for task in process.tasks:
             task._log_destroy_pending = False  # type: ignore[attr-defined]
+
+    def later(self, delay_s: float, what: Callable[..., object], *args: Any) -> None:
+        """Call `what` in `delay_s`, whatever has become of the process from which this is called."""
+        self.call_at(self._now_s + delay_s, what, *args, context=contextvars.Context())
 
     # --- asyncio ------------------------------------------------------------------------------------------
 
@@ -211,7 +219,7 @@ class SimLoop(asyncio.AbstractEventLoop):
         *args: Any,
         context: contextvars.Context | None = None,
     ) -> Handle:
-        handle = Handle(callback, args, contextvars.copy_context() if context is None else context, when)
+        handle = Timer(callback, args, contextvars.copy_context() if context is None else context, when)
         self._serial += 1
         heapq.heappush(self._timers, (when, self._serial, handle))
         return handle

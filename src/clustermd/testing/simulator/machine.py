@@ -188,6 +188,11 @@ class SimLink:
         await self._over.wait()
         self.session.on_lost("closed")
 
+    @property
+    def over(self) -> bool:
+        """Whether its lock daemon knows, or is dead and knew, that nothing of this session can land any more."""
+        return self._attached.released or self._attached.ended
+
     def lockd_died(self) -> None:
         self._back.end()
 
@@ -241,7 +246,7 @@ class ArrayProcess:
     async def _run(self) -> None:
         cluster = self.machine.cluster
         plan = cluster.plan
-        by_name = {path.path: path for path in self.paths}
+        by_name = {path.path: path for path in self.paths if path.box.powered and not path.lost_path}
         try:
             assembly = await load_members(list(by_name), by_name.__getitem__, self.submitter)
             coordinator = Cluster(LOCKSPACE, self._connect, self.trace)

@@ -178,7 +178,7 @@ class SimGroup:
         return DELAYS_S[self.draw.below(len(DELAYS_S))]
 
     def later(self, what: Callable[[], None]) -> None:
-        self.loop.call_later(self.delay_s(), what)
+        self.loop.later(self.delay_s(), what)
 
     # --- membership ---------------------------------------------------------------------------------------
 

@@ -88,7 +88,7 @@ class Run:
         self.points: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self._number = 0
-        self.loop = SimLoop(dice.stream("loop"), self._task_failed)
+        self.loop = SimLoop(dice.stream("loop"), self._task_failed)  # type: ignore[abstract]
         self.watch = DiskWatch(self._disk_rule)
         self.cluster = SimCluster(plan, dice, self.loop, self.watch, self._point)
         self.cluster.on_started = lambda array: self._settle_deaths()
@@ -167,7 +167,10 @@ class Run:
             self.model.close(writes)
         elif served or writes:
             self.clients.orphaned(array.machine)
-            self._deaths.append(Death(array, writes, array.last_slot, array.broken_s))
+            death = Death(array, writes, array.last_slot, array.broken_s)
+            if all(link.over for link in array.links) and not array.submitter.in_flight:
+                death.proved_s = self.loop.time()  # it died between two lives
+            self._deaths.append(death)
         self._settle_deaths()
 
     def _ended(self, array: ArrayProcess) -> None:
@@ -195,7 +198,7 @@ class Run:
     # --- what faults do ------------------------------------------------------------------------------------
 
     def later(self, delay_s: float, what: Callable[..., Any], *args: Any) -> None:
-        self.loop.call_later(delay_s, what, *args, context=contextvars.Context())
+        self.loop.later(delay_s, what, *args)
 
     def kill(self, machine: Machine, detect_s: float) -> None:
         self.cluster.kill(machine, detect_s)
