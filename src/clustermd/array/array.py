@@ -493,6 +493,7 @@ class Array:
         """No contact, or not a member: nothing more goes out, and what we leave dirty is for others."""
         state = self.state
         state.gate.shut("stopped")
+        self._merges = False
         left = state.bitmap is not None and next(state.bitmap.dirty_chunks(), None) is not None
         ending = asyncio.get_running_loop().create_task(self._end_tasks())
         await asyncio.wait((ending,), timeout=CUT_S)

@@ -141,7 +141,7 @@ class SimLink:
         self._lockd = lockd
         self._closing = False
         self._over = asyncio.Event()
-        self.session = Session(self._send)
+        self.session = Session(self._send, array.trace)
         self._back = Pipe(cluster.loop, cluster.pipes, array.process, self._receive, self._lost)
         self._attached = lockd.process.context.copy().run(lockd.attach, array, self._back)
         self._there = Pipe(

@@ -31,6 +31,7 @@ from clustermd.testing.simulator.machine import ArrayProcess, Machine
 from clustermd.testing.simulator.model import Model, ModelBroken, Write
 from clustermd.testing.simulator.plan import Plan
 from clustermd.testing.simulator.workload import Clients
+from clustermd.testing.trace.judge import Judge
 from clustermd.testing.trace.events import Event, Layer, Violation
 
 START_BOUND_S = 60.0
@@ -101,6 +102,7 @@ class Run:
         self._deadly: list[tuple[str, list[int], float, float]] = []
         self._playing = False
         self._log = _LogWatch(self)
+        self.judge = Judge()
 
     # --- reporting --------------------------------------------------------------------------------------
 
@@ -125,10 +127,7 @@ class Run:
     # --- points -----------------------------------------------------------------------------------------
 
     def _point(self, machine: Machine, name: str, fields: dict[str, Any]) -> None:
-        self._number += 1
-        self.points[name] += 1
-        if self.keep_events:
-            self.events.append(Event(self._number, self.loop.time(), machine.name, name, dict(fields)))
+        self.tell(machine.name, name, fields)
         array = machine.array
         if array is not None and name in ("cluster.lost", "join.member", "join.gathered"):
             if name == "join.member":
@@ -142,6 +141,17 @@ class Run:
                 self._settle_deaths()
         if self._deadly and self._playing:
             self._perhaps_die(machine, name)
+
+    def tell(self, node: str, name: str, fields: dict[str, Any]) -> None:
+        """An event of the trace: kept if wanted, and judged."""
+        self._number += 1
+        self.points[name] += 1
+        event = Event(self._number, self.loop.time(), node, name, fields)
+        if self.keep_events:
+            self.events.append(event)
+        for violation in self.judge.see(event):
+            if self.violation is None:
+                self.violation = violation
 
     def _perhaps_die(self, machine: Machine, name: str) -> None:
         for entry in self._deadly:
@@ -165,7 +175,9 @@ class Run:
         writes = self.clients.process_gone(array)
         if array.stopping and not writes:
             self.model.close(writes)
-        elif served or writes:
+        else:
+            self.tell(array.machine.name, "process.died", {})
+        if not array.stopping and (served or writes):
             self.clients.orphaned(array.machine)
             death = Death(array, writes, array.last_slot, array.broken_s)
             if all(link.over for link in array.links) and not array.submitter.in_flight:
@@ -175,6 +187,8 @@ class Run:
 
     def _ended(self, array: ArrayProcess) -> None:
         """Nothing of that array process, or of a former life of it, can land any more."""
+        if not array.process.alive and not array.submitter.in_flight:
+            self.tell(array.machine.name, "process.drained", {})
         for death in self._deaths:
             if death.array is array and death.proved_s < 0 and not array.submitter.in_flight:
                 death.proved_s = self.loop.time()
