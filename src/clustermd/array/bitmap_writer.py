@@ -182,7 +182,8 @@ class BitmapWriter:
                 state.bitmap.dirty.update(batch.pages)
             else:
                 state.bitmap.end_flush()
-                state.trace.point("bitmap.stable", slot=state.slot, pages=batch.pages)
+                writes = len(batch.writing)
+                state.trace.point("bitmap.stable", slot=state.slot, pages=batch.pages, writes=writes)
         self._batch = None
         self._stalled = bool(error)
         for write in batch.writing:

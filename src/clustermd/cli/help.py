@@ -18,6 +18,7 @@ Usage: clustermd --create ARRAY options... DISK...     make a new array and star
        clustermd --query ARRAY|DISK...                 what something is
        clustermd --zero-superblock DISK...             take a disk out of its array for good
        clustermd locks [--json]                        who holds and awaits which lock, whole cluster
+       clustermd trace FILE...                         judge what nodes recorded: which layer broke which rule
        clustermd demo                                  see it survive a crash, in two minutes
 
 ARRAY is a name such as md0 or /dev/md/home; nothing is made in /dev. DISK is a block device or an image file.

@@ -28,9 +28,9 @@ from clustermd.node.files import (
     nbd_uri,
     publish,
     rewrite_mdstat,
-    write_file,
 )
 from clustermd.node.mdstat import array_text
+from clustermd.node.recorder import record, wanted
 from clustermd.node.running import MemberOrder, RunningArray, StartArray
 from clustermd.rundir import RunDir
 from clustermd.trace import Trace
@@ -170,8 +170,8 @@ class ArrayProcess:
     async def _start(self) -> RunningArray | None:
         """The running array; None when the starter went away meanwhile, and then nothing is left of it."""
         trace = Trace()
-        if os.environ.get("CLUSTERMD_TRACE"):
-            _write_trace(trace, self.files)
+        if wanted(os.environ, self.config.name):
+            record(trace, self.files.trace, self.rundir.node, self.config.name)
         loop = asyncio.get_running_loop()
         start = asyncio.ensure_future(
             self._start_array(
@@ -306,17 +306,3 @@ class ArrayProcess:
         log.error("%s cannot go on: %s", self.config.name, reason)
         self._failed = True
         self._stop_by_signal(signal.SIGTERM)
-
-
-def _write_trace(trace: Trace, files: ArrayFiles) -> None:
-    """Append every trace point to the array's `trace`, one JSON object a line with boot time in seconds."""
-    import time
-
-    write_file(files.trace, "")
-    file = open(files.trace, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  # for as long as the process lives
-
-    def point(name: str, fields: dict[str, Any]) -> None:
-        moment = time.clock_gettime(time.CLOCK_BOOTTIME)
-        file.write(json.dumps({"at_s": moment, "point": name, **fields}, default=str) + "\n")
-
-    trace.listen(point)
