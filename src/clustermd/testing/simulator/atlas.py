@@ -204,7 +204,7 @@ def _bad_sectors(run: Run, args: dict[str, Any]) -> None:
 
 
 def _lost_path(run: Run, args: dict[str, Any]) -> None:
-    """One node loses its way to a box, the others keep theirs. Limit: a victim; the path comes back for the next process."""
+    """One node loses its way to a box, the others keep theirs. Limit: a victim; the path comes back at the end."""
     machine = run.cluster.machines[args["node"]]
     name = run.cluster.boxes[args["box"]].name
     machine.lost_paths.add(name)

@@ -259,6 +259,7 @@ class SimSubmitter:
         self.array: Array | None = None
         self.life_over = False  # proved dead: nothing of it may land any more
         self.pause_s = 0.0  # between the gate and the medium, for the next batches
+        self.landing: Callable[[Io], str] | None = None  # what becomes of each request at a death, if not drawn
 
     # --- Submitter ------------------------------------------------------------------------------------
 
@@ -457,7 +458,7 @@ class SimSubmitter:
         for io in list(self._flight):
             if io.op is Op.WRITE and io.buffer is not None:
                 io.ghost = bytes(io.data())
-            fate = LANDINGS[self._fate.below(len(LANDINGS))]
+            fate = self.landing(io) if self.landing else LANDINGS[self._fate.below(len(LANDINGS))]
             stuck = io in io.path.stuck
             if io.op is not Op.WRITE or (fate == "none" and not stuck):
                 self._complete(io, -errno.EIO)

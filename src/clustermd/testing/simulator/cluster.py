@@ -21,6 +21,7 @@ from clustermd.testing.simulator.plan import Plan
 
 PROOF_POLL_S = 0.02
 RESTART_S = 0.2
+START_AGAIN_S = 1.0
 
 Listener = Callable[[Machine, str, dict[str, Any]], None]
 
@@ -114,7 +115,7 @@ class SimCluster:
         self._end_process(array.process)
         self.on_gone(array)
         if self.restarts:
-            self.loop.later(RESTART_S, self._start_array_if_up, array.machine)
+            self.loop.later(START_AGAIN_S, self._start_array_if_up, array.machine)
 
     def _start_array_if_up(self, machine: Machine) -> None:
         if machine.up and not machine.paused:

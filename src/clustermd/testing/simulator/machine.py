@@ -227,6 +227,7 @@ class ArrayProcess:
         self.last_slot = -1
         self.joined_s = 0.0
         self.broken_s = -1.0  # when its present life ended, however it did; below zero while it lives
+        self.ended_s = -1.0  # when the end of its last life was proved
         self.heard: list[tuple[float, int]] = []  # when it heard of the loss of which slot
         self.why = ""
         cluster.loop.create_task(self._run(), name=f"{machine.name}.start", context=self.process.context)
@@ -259,7 +260,7 @@ class ArrayProcess:
                 self.trace,
                 allow_degraded=True,
                 device_timeout_s=plan.device_timeout_s,
-                limits=lambda: (1000, 200_000),
+                limits=lambda: plan.resync_kib_s,
             )
             self.array = self.submitter.array = array
             await array.start()

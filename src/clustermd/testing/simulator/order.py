@@ -26,7 +26,14 @@ DELAYS_S = (0.00005, 0.0001, 0.0001, 0.0002, 0.0003, 0.0006, 0.002)
 MAX_PAYLOAD_BYTES = 60_000
 BUSY_AT = 200
 
-Entry = Callable[["Port"], None]
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Something a member will be told: message `index` of `component`, or (0) a view, a proof, a stable place."""
+
+    deliver: Callable[[Port], None]
+    component: Component | None = None
+    index: int = 0
 
 
 class Port:
@@ -95,7 +102,7 @@ class Port:
         for _ in range(1 + self.group.draw.below(len(self.inbox)) if self.inbox else 0):
             if not self.inbox or not self.process.alive:
                 return
-            self.inbox.popleft()(self)
+            self.inbox.popleft().deliver(self)
         self.deliver_soon()
 
     def tell(self, entry: Entry) -> None:
@@ -125,12 +132,13 @@ class Component:
         sender, payload = self.log[index - 1]
 
         def deliver(port: Port) -> None:
-            port.heard = index
+            if port.component is self:
+                port.heard = index
             assert port.events is not None
             port.events.on_message(index, sender, payload)
             self._heard(port, index)
 
-        return deliver
+        return Entry(deliver, self, index)
 
     def _heard(self, port: Port, index: int) -> None:
         if self.group.durable:
@@ -155,7 +163,7 @@ def _stable(index: int, component: Component) -> Entry:
             assert port.events is not None
             port.events.on_stable(index)
 
-    return deliver
+    return Entry(deliver)
 
 
 class SimGroup:
@@ -240,7 +248,7 @@ class SimGroup:
                 self.lost.pop(member, None)
 
         for port in component.ports:
-            port.tell(deliver)
+            port.tell(Entry(deliver))
 
     # --- partitions ---------------------------------------------------------------------------------------
 
@@ -271,13 +279,15 @@ class SimGroup:
             self.reconfigure()
 
     def _close(self, port: Port, component: Component) -> None:
-        """What `port` still hears of `component`: the agreed part of its log."""
+        """What `port` still hears of `component`: the part of its log that somebody on its side has heard."""
         if self.durable:
-            return  # everything ordered is in its inbox and stays
+            return  # everything ordered stays in its inbox
         cut = max(
             (other.heard for other in component.ports if self._side(other) == self._side(port)), default=0
         )
-        port.inbox = deque(component.entry(index) for index in range(port.heard + 1, cut + 1))
+        port.inbox = deque(
+            entry for entry in port.inbox if entry.component is not component or entry.index <= cut
+        )
 
     def _side(self, port: Port) -> bool:
         return port.me.node in self._cut_off
@@ -347,4 +357,4 @@ def _view(view: View) -> Entry:
         assert port.events is not None
         port.events.on_view(view)
 
-    return deliver
+    return Entry(deliver)

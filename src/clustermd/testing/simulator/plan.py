@@ -21,7 +21,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One run. `durable`: the group is of the `local` kind, else of corosync's (`order`)."""
+    """One run. `durable`: the group is of the `local` kind, else of corosync's (`order`). `resync_kib_s`: least and most."""
 
     seed: int = 0
     nodes: int = 3
@@ -38,6 +38,7 @@ class Plan:
     daemon_sleep_s: int = 1
     device_timeout_s: int = 5
     discard: bool = True
+    resync_kib_s: tuple[int, int] = (1000, 200_000)
     work: tuple[Step, ...] = ()
     faults: tuple[Step, ...] = ()
 
@@ -51,6 +52,7 @@ class Plan:
         return replace(
             plan,
             late_s=tuple(plan.late_s),
+            resync_kib_s=(plan.resync_kib_s[0], plan.resync_kib_s[1]),
             work=tuple(Step(**step) for step in values.get("work", ())),
             faults=tuple(Step(**step) for step in values.get("faults", ())),
         )

@@ -132,7 +132,7 @@ class Run:
         if array is not None and name in ("cluster.lost", "join.member", "join.gathered"):
             if name == "join.member":
                 array.last_slot = fields["slot"]
-                array.broken_s = -1.0
+                array.broken_s = array.ended_s = -1.0
             elif name == "join.gathered":
                 array.joined_s = self.loop.time()
             else:
@@ -181,12 +181,14 @@ class Run:
             self.clients.orphaned(array.machine)
             death = Death(array, writes, array.last_slot, array.broken_s)
             if all(link.over for link in array.links) and not array.submitter.in_flight:
-                death.proved_s = self.loop.time()  # it died between two lives
+                # it died between two lives
+                death.proved_s = array.ended_s if array.ended_s >= 0 else self.loop.time()
             self._deaths.append(death)
         self._settle_deaths()
 
     def _ended(self, array: ArrayProcess) -> None:
         """Nothing of that array process, or of a former life of it, can land any more."""
+        array.ended_s = self.loop.time()
         if not array.process.alive and not array.submitter.in_flight:
             self.tell(array.machine.name, "process.drained", {})
         for death in self._deaths:
@@ -386,12 +388,14 @@ class Run:
                 cluster.resume(machine)
         cluster.heal(set(cluster.machines))
         for machine in cluster.machines.values():
+            machine.lost_paths.clear()
             if machine.lockd is not None:
                 machine.lockd.port.slow_s = 0.0
             array = machine.array
             if array is not None:
                 array.submitter.pause_s = 0.0
                 for path in array.paths:
+                    path.lost_path = False
                     path.troubles.clear()
                     array.submitter.release(path)
             self.start(machine)
