@@ -259,7 +259,7 @@ class SimSubmitter:
         self.array: Array | None = None
         self.life_over = False  # proved dead: nothing of it may land any more
         self.pause_s = 0.0  # between the gate and the medium, for the next batches
-        self.landing: Callable[[Io], str] | None = None  # what becomes of each request at a death, if not drawn
+        self.landing: Callable[[Io], str] | None = None  # a fate for each request at a death; else drawn
 
     # --- Submitter ------------------------------------------------------------------------------------
 

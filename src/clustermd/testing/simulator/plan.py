@@ -21,7 +21,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One run. `durable`: the group is of the `local` kind, else of corosync's (`order`). `resync_kib_s`: least and most."""
+    """One run. `durable`: the group is of the `local` kind, else of corosync's (`order`).
+
+    `resync_kib_s`: how fast copies go at least and at most, in KiB/s.
+    """
 
     seed: int = 0
     nodes: int = 3
