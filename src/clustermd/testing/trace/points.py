@@ -9,7 +9,7 @@ demand: all of the above with one, two and three nodes, and with a second crash 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,15 +122,16 @@ BY_ID = {step.id: step for step in STEPS}
 
 
 class Reached:
-    """Tells which steps a node is at, point by point, and counts them all. One for a whole cluster."""
+    """Tells which of `steps` a node is at, point by point, and counts them all. One for a whole cluster."""
 
-    def __init__(self) -> None:
+    def __init__(self, steps: Sequence[Step] = STEPS) -> None:
+        self.steps = steps
         self.counts: Counter[str] = Counter()
         self._open: set[tuple[str, str]] = set()  # (node, step) between `since` and `until`
         self._at: dict[str, list[Step]] = {}
         self._opens: dict[str, list[Step]] = {}
         self._closes: dict[str, list[Step]] = {}
-        for step in STEPS:
+        for step in steps:
             for point in step.points:
                 self._at.setdefault(point, []).append(step)
             if step.since is not None:
@@ -159,4 +160,4 @@ class Reached:
 
     def missing(self) -> list[str]:
         """Steps that nobody came to."""
-        return [step.id for step in STEPS if not self.counts[step.id]]
+        return [step.id for step in self.steps if not self.counts[step.id]]
