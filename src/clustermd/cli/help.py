@@ -19,6 +19,7 @@ Usage: clustermd --create ARRAY options... DISK...     make a new array and star
        clustermd --zero-superblock DISK...             take a disk out of its array for good
        clustermd locks [--json]                        who holds and awaits which lock, whole cluster
        clustermd trace FILE...                         judge what nodes recorded: which layer broke which rule
+       clustermd simulate [--seeds A..B]               play simulated clusters through faults, judge every step
        clustermd demo                                  see it survive a crash, in two minutes
 
 ARRAY is a name such as md0 or /dev/md/home; nothing is made in /dev. DISK is a block device or an image file.

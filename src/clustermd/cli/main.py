@@ -23,7 +23,12 @@ from clustermd.errors import DeviceRefused, Refused
 USAGE = 2
 INTERRUPTED = 130
 
-_VERBS = {"demo": "clustermd.cli.demo", "locks": "clustermd.cli.locks", "trace": "clustermd.cli.trace"}
+_VERBS = {
+    "demo": "clustermd.cli.demo",
+    "locks": "clustermd.cli.locks",
+    "simulate": "clustermd.cli.simulate",
+    "trace": "clustermd.cli.trace",
+}
 """Modules with `run(words) -> exit status`."""
 
 _ACTIONS: dict[Action, Callable[[Command], int]] = {
