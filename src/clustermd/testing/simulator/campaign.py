@@ -17,7 +17,7 @@ import resource
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import islice
@@ -127,7 +127,7 @@ def _low_priority() -> None:
 
 def campaign(
     seeds: Iterable[int], *, jobs: int = 1, operations: int = OPERATIONS, faults: int = FAULTS
-) -> Iterator[Report]:
+) -> Generator[Report, None, None]:
     """A report for each seed, in the order in which they end. `jobs` 0 plays in this process.
 
     Close the generator to stop: no new seed is begun, those that are played end first.
