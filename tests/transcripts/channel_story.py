@@ -1,9 +1,10 @@
 """Transcripts of the channel: real channels over real lock sessions and replicas, one lock operation at a time.
 
 The order of operations is a list in memory, time is virtual, and whatever is ready runs first come first served, so
-nothing happens but by a command. A table has a line for every operation that the lock manager applied, and behind it each
-node's modes of `token`, `message` and `ack` (md-cluster spec, Appendix C); `CR→EX` is a conversion that waits. Lines
-with a star are what nodes do or hear between two operations.
+nothing happens but by a command. A table has a line for every operation that the lock manager applied, and behind it
+each node's modes of `token`, `message` and `ack` (md-cluster spec, Appendix C); `CR→EX` is a conversion that waits.
+Lines with a star are what nodes do or hear between two operations. The rules of the lock engine are judged at every
+operation, and all replicas are compared.
 
     start A B C           members, their channels armed
     send A RESYNCING 0 1024            node A broadcasts; nothing is ordered yet
@@ -126,7 +127,7 @@ class ChannelNode:
             return
         if frame[0] == "bast":
             self.story.asked(self.name, frame[1], Mode(frame[2]))
-        self.session.on_frame(frame)
+        self.process.context.copy().run(self.session.on_frame, frame)
 
     def must_restart(self, reason: str) -> None:
         raise AssertionError(reason)
@@ -151,7 +152,7 @@ class ChannelStory:
     """The nodes, the order of their operations, and time."""
 
     def __init__(self) -> None:
-        self.loop = SimLoop(Dice(0, {}).stream("ready"), self._failed)
+        self.loop = SimLoop(Dice(0, {}).stream("ready"), self._failed)  # type: ignore[abstract]
         self.group = MemoryGroup()
         self.nodes: dict[str, ChannelNode] = {}
         self.columns: list[str] = []
@@ -198,9 +199,9 @@ class ChannelStory:
         node.spawn(node.enter())
         return self._told(self._agree)
 
-    def do_send(self, name: str, kind: str, *numbers: str) -> list[str]:
+    def do_send(self, name: str, kind: str, lo: str = "0", hi: str = "0") -> list[str]:
         node = self.nodes[name]
-        message = Message(MessageType[kind], node.channel.slot, *map(int, numbers))
+        message = Message(MessageType[kind], node.channel.slot, int(lo), int(hi))
         node.spawn(node.broadcast(message))
         return self._told(self._idle)
 
@@ -317,12 +318,8 @@ class ChannelStory:
 
     def _end(self, node: ChannelNode) -> None:
         node.alive = node.process.alive = False
-        asyncio._set_running_loop(self.loop)
-        try:
-            node.session.on_lost("the node is dead")
-            self.loop.bury(node.process)
-        finally:
-            asyncio._set_running_loop(None)
+        node.process.context.copy().run(node.session.on_lost, "the node is dead")
+        self.loop.bury(node.process)
 
     # --- words
 

@@ -10,6 +10,7 @@ import pytest
 from bitmap_story import BitmapStory
 from channel_story import ChannelStory
 from locks_story import LocksStory
+from takeover_story import TakeoverStory
 from transcript import Story, difference, tell
 
 HERE = Path(__file__).parent
@@ -18,6 +19,7 @@ STORIES: dict[str, Callable[[], Story]] = {
     "locks": LocksStory,
     "bitmap": BitmapStory,
     "channel": ChannelStory,
+    "takeover": TakeoverStory,
 }
 FILES = sorted(HERE.glob("*/*.txt"))
 
