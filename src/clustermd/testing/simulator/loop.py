@@ -129,18 +129,22 @@ class SimLoop(asyncio.AbstractEventLoop):
         spins = 0
         while ready:
             count = len(ready)
-            handle = ready.pop(below(count) if count > 1 else 0)
+            handle = ready.pop(below(count)) if count > 1 else ready.pop()
             if handle._cancelled:
                 continue
             process = handle.process
-            if process is not None:
-                if process.paused or not process.alive:
-                    process.frozen.append(handle)  # a dead one's are for its burial
-                    continue
+            if process is not None and (process.paused or not process.alive):
+                process.frozen.append(handle)  # a dead one's are for its burial
+                continue
             spins += 1
             if spins > SPIN_LIMIT:
                 raise Spinning(f"{handle.callback} and others run for ever while time stands still")
-            self._call(handle)
+            try:
+                handle.context.run(handle.callback, *handle.args)
+            except Crashed:
+                pass
+            except Exception as error:
+                self._failed({"message": f"an error in {handle.callback}", "exception": error})
         self.callbacks += spins
 
     def _call(self, handle: Handle) -> None:
@@ -163,12 +167,13 @@ class SimLoop(asyncio.AbstractEventLoop):
         self._ready += frozen
 
     def bury(self, process: Process) -> None:
-        """Let the tasks of a killed process unwind: nothing they do counts any more, but nothing may be left of them."""
+        """Let the tasks of a killed process unwind: what they do counts no more, but nothing may be left of them."""
         assert not process.alive
         before = asyncio._get_running_loop()
         asyncio._set_running_loop(self)
+        ready = self._ready  # the same list throughout: whoever runs the loop holds it
         others: list[Handle] = []
-        self._ready += process.frozen
+        ready += process.frozen
         process.frozen = []
         for _ in range(50):
             tasks = [task for task in process.tasks if not task.done()]
@@ -176,13 +181,13 @@ class SimLoop(asyncio.AbstractEventLoop):
                 break
             for task in tasks:
                 task.cancel()
-            while self._ready:
-                handle = self._ready.pop(0)
+            while ready:
+                handle = ready.pop(0)
                 if handle.process is not process:
                     others.append(handle)
                 elif not handle._cancelled and not isinstance(handle, Timer):
                     self._call(handle)
-        self._ready = others
+        ready += others
         asyncio._set_running_loop(before)
         for task in process.tasks:
             task._log_destroy_pending = False  # type: ignore[attr-defined]
@@ -210,7 +215,11 @@ class SimLoop(asyncio.AbstractEventLoop):
         *args: Any,
         context: contextvars.Context | None = None,
     ) -> Handle:
-        return self.call_at(self._now_s + delay, callback, *args, context=context)
+        when = self._now_s + delay
+        handle = Timer(callback, args, contextvars.copy_context() if context is None else context, when)
+        self._serial += 1
+        heapq.heappush(self._timers, (when, self._serial, handle))
+        return handle
 
     def call_at(  # type: ignore[override]
         self,
