@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from clustermd.dlm.modes import Flag
 from clustermd.group.process_group import Left
-from clustermd.testing.locks.replicas import Client, Cluster, Node
+from clustermd.testing.locks.client import Client
+from clustermd.testing.locks.replicas import Cluster, Node
 
 SPACE = "array"
 NAMES = (b"token", b"message", b"bitmap0000")

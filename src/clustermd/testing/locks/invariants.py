@@ -1,184 +1,321 @@
-"""What must hold of a lock engine after every input (dlm.md 6.9), checked by an independent reading of the rules.
+"""What must hold of a lock engine after every input (dlm.md 6.9), by an independent reading of its rules.
 
-`Checker` watches one engine: call `before` ahead of an input and `after` behind it, with the effects. It keeps
-a shadow of every value block (I21, I22) and remembers every lock id ever seen (I10).
+A `Checker` that watches an engine sees every call of it: the arguments, the return code, and the effects. From
+these it keeps a ledger of its own and compares the engine's state with it and with the rules:
+
+    queues      compatible grants, one queue a lock, the order of grants, no missed grant, no deadlock (here)
+    callbacks   exactly one completion, blocking callbacks where due and only there (`callbacks`)
+    values      who wrote what, what a reader gets, when it is not valid (`values`)
+    membership  slots, and recovery callbacks (`membership`)
+
+It raises `LockRuleBroken`, out of the call that broke the rule.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from typing import Any
 
-from clustermd.dlm.effects import Answer, Cast, Effect
+from clustermd.dlm.effects import Answer, Bast, Cast, Effect, RecoverDone, RecoverPrep, RecoverSlot
 from clustermd.dlm.engine import Engine
-from clustermd.dlm.modes import EDEADLK, Flag, Mode, StatusFlag
+from clustermd.dlm.modes import Flag, Mode, StatusFlag
 from clustermd.dlm.resource import Lock, Resource
+from clustermd.testing.locks.callbacks import Callbacks
+from clustermd.testing.locks.ledger import Input, Ledger, Queues, Record, ResourceKey, read_call
+from clustermd.testing.locks.membership import Membership
+from clustermd.testing.locks.modes import is_down, may_coexist
+from clustermd.testing.locks.rules import LockRuleBroken
+from clustermd.testing.locks.values import Values
 
-TOGETHER = {
-    Mode.NL: "NL CR CW PR PW EX",
-    Mode.CR: "NL CR CW PR PW",
-    Mode.CW: "NL CR CW",
-    Mode.PR: "NL CR PR",
-    Mode.PW: "NL CR",
-    Mode.EX: "NL",
-}
-
-
-def may_coexist(a: int, b: int) -> bool:
-    return a < 0 or b < 0 or Mode(b).name in TOGETHER[Mode(a)].split()
+INPUTS = (
+    "open_session", "lose_sessions", "end_sessions", "join", "leave", "recovered",
+    "request", "convert", "unlock", "cancel",
+)  # fmt: skip
 
 
-def _blocked(resource: Resource, lock: Lock, mode: int) -> bool:
-    return any(
-        not may_coexist(other.gr, mode)
-        for other in (*resource.granted, *resource.converting)
-        if other is not lock
-    )
-
-
-def is_down(granted: int, requested: int) -> bool:
-    return requested < granted and (granted, requested) != (Mode.PR, Mode.CW)
-
-
-@dataclass
-class Queues:
-    converting: list[int]
-    waiting: list[int]
-    granted_modes: dict[int, int]
-
-
-@dataclass
-class Value:
-    value: bytes | None = None
-    seq: int = 0
-
-
-@dataclass
 class Checker:
-    engine: Engine
-    seen: set[int] = field(default_factory=set)
-    values: dict[tuple[str, bytes], Value] = field(default_factory=dict)
-    queues: dict[tuple[str, bytes], Queues] = field(default_factory=dict)
+    """The rules, over one engine after the other if they share a history. `watch` before the first input."""
 
-    def resources(self) -> Iterable[tuple[tuple[str, bytes], Resource]]:
-        for name, space in sorted(self.engine.spaces.items()):
-            for resource_name, resource in sorted(space.resources.items()):
-                yield (name, resource_name), resource
+    def __init__(self, engine: Engine | None = None) -> None:
+        self.ledger = Ledger()
+        self.values = Values(self.ledger)
+        self.callbacks = Callbacks(self.ledger)
+        self.membership = Membership(self.ledger)
+        self.told: list[Effect] = []
+        if engine is not None:
+            self.watch(engine)
+
+    def clone(self) -> Checker:
+        """A checker that knows the same and goes its own way; it watches nothing."""
+        twin = Checker()
+        twin.ledger = self.ledger.clone()
+        twin.values = self.values.clone(twin.ledger)
+        twin.callbacks = Callbacks(twin.ledger)
+        twin.membership = self.membership.clone(twin.ledger)
+        return twin
+
+    def watch(self, engine: Engine) -> None:
+        """Judge every input of `engine` from now on. Its state must be what this checker knows."""
+        for word in INPUTS:
+            setattr(engine, word, self._watched(engine, word))
+
+    def unwatch(self, engine: Engine) -> None:
+        for word in INPUTS:
+            delattr(engine, word)
 
     def after(self, effects: list[Effect]) -> None:
-        """Check the state that an input led to, and what it told."""
-        now = {}
-        places: dict[int, int] = {}
-        for key, resource in self.resources():
-            self._queue_states(resource, places)
-            self._no_missed_grant(resource)
-            self._no_conversion_deadlock(resource)
-            now[key] = Queues(
-                [lock.id for lock in resource.converting],
-                [lock.id for lock in resource.waiting],
-                {lock.id: lock.gr for lock in resource.granted},
-            )
-            self._value(key, resource)
-        assert places.keys() == self.engine.locks.keys(), "I10: a lock without a queue"
-        self._order_of_grants(now, effects)
-        self._effects(effects)
-        self._slots()
-        self.queues = now
-        for key in [key for key in self.values if key not in now]:
-            del self.values[key]
+        """What the engine handed out must be what its inputs caused, in that order (I18)."""
+        told, self.told = self.told, []
+        if [effect for effect in effects if isinstance(effect, (Cast, Bast))] != told:
+            raise LockRuleBroken("callback-order", f"handed out {effects}, caused {told}")
 
-    def _queue_states(self, resource: Resource, places: dict[int, int]) -> None:
-        holders = [*resource.granted, *resource.converting]
-        for number, lock in enumerate(holders):
-            for other in holders[number + 1 :]:
-                assert may_coexist(lock.gr, other.gr), f"I1: {lock} beside {other}"
+    def _watched(self, engine: Engine, word: str) -> Callable[..., Any]:
+        really: Callable[..., Any] = getattr(Engine, word)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            out = engine.callbacks.out
+            place = len(out)
+            result = really(engine, *args, **kwargs)
+            call = read_call(word, args, kwargs)
+            match result:
+                case (int(rc), int(lock)):
+                    call.rc, call.lock = rc, lock
+                case int(rc):
+                    call.rc = rc
+            call.effects = out[place:]
+            self._judge(engine, call)
+            return result
+
+        return watched
+
+    # ---- one input
+
+    def _judge(self, engine: Engine, call: Input) -> None:
+        ledger = self.ledger
+        looked_at = self._looked_at(call)
+        self.values.given(call)
+        self._given(engine, call)
+        ended: list[Record] = []
+        for effect in call.effects:
+            if isinstance(effect, Cast):
+                self.told.append(effect)
+                ended += self._completed(call, effect)
+            elif isinstance(effect, Bast):
+                self.told.append(effect)
+                self.callbacks.bast(effect)
+            elif isinstance(effect, (RecoverPrep, RecoverSlot, RecoverDone)):
+                self.membership.told(effect)
+            elif isinstance(effect, Answer) and effect.session in ledger.lost:
+                raise LockRuleBroken("callback-after-end", f"{effect} for a session that is lost")
+        looked_at |= {
+            ledger.records[effect.lock].key if effect.lock in ledger.records else ended[-1].key
+            for effect in call.effects
+            if isinstance(effect, Cast) and self._looks_again(call, effect)
+        }
+        for record in ledger.records.values():
+            if record.key in looked_at:
+                record.fresh = record.headed = False
+        self._vanished(engine, call)
+        self._state(engine, call)
+        self.membership.after(call, engine)
+
+    def _looked_at(self, call: Input) -> set[ResourceKey]:
+        """The resources whose queues are looked at because locks are taken away (dlm.md 1.5, 6.4)."""
+        if call.word == "unlock" and call.rc == 0 and call.lock in self.ledger.records:
+            return {self.ledger.records[call.lock].key}
+        if not call.purges and call.word != "lose_sessions":
+            return set()
+        return {
+            record.key
+            for record in self.ledger.records.values()
+            if record.session in call.keys and (not call.space or record.key[0] == call.space)
+        }
+
+    @staticmethod
+    def _looks_again(call: Input, cast: Cast) -> bool:
+        """Whether this completion says that the queues were looked at: a conversion or a cancel did something."""
+        mine = cast.lock == call.lock
+        return mine and (call.word == "cancel" or (call.word == "convert" and cast.status == 0))
+
+    def _given(self, engine: Engine, call: Input) -> None:
+        """Put the input into the ledger, before its effects."""
+        ledger = self.ledger
+        record = ledger.records.get(call.lock)
+        if call.word == "request" and call.rc == 0:
+            if call.lock <= ledger.last_id:
+                raise LockRuleBroken("lock-id-again", f"lock id {call.lock} came back")
+            ledger.last_id = call.lock
+            buffer = bytes(engine.spaces[call.space].lvb_bytes) if call.flags & Flag.VALBLK else None
+            (session,) = call.keys
+            key = (call.space, call.name)
+            ledger.records[call.lock] = Record(
+                call.lock, key, session, call.flags, call.mode, call.op, call.bast, buffer,
+                headed=bool(call.flags & Flag.HEADQUE),
+            )  # fmt: skip
+        elif call.word == "convert" and record is not None and call.rc in (0, -16):
+            if call.flags & Flag.VALBLK and record.buffer is None:
+                record.buffer = bytes(engine.spaces[record.key[0]].lvb_bytes)
+            if call.lvb is not None and record.buffer is not None:
+                record.buffer = call.lvb
+            if call.rc == 0:
+                if record.pending:
+                    raise LockRuleBroken("completion-twice", f"{record} took a second operation")
+                record.fl, record.rq, record.op, record.pending = call.flags, call.mode, call.op, True
+        elif call.word == "lose_sessions":
+            ledger.lost |= call.keys
+            for other in ledger.records.values():
+                if other.session in call.keys:
+                    other.pending = False
+        elif call.word == "end_sessions":
+            ledger.lost -= call.keys
+
+    def _completed(self, call: Input, cast: Cast) -> list[Record]:
+        """Put a completion into the ledger. Returns the lock's record if it ended."""
+        record = self.callbacks.cast(call, cast)
+        record.pending = False
+        if cast.status == 0:
+            self.values.granted(record, cast)
+            record.told, record.fresh = Mode.IV, True
+        record.mode = cast.mode
+        if cast.mode == Mode.IV:
+            return [self.ledger.records.pop(record.id)]
+        return []
+
+    def _vanished(self, engine: Engine, call: Input) -> None:
+        """A lock goes by its own completion, or with its session; a lost session keeps what it holds (I7)."""
+        records = self.ledger.records
+        for lock in [lock for lock in records if lock not in engine.locks]:
+            record = records[lock]
+            waits = record.mode == Mode.IV
+            with_session = record.session in call.keys and (
+                call.purges or (call.word == "lose_sessions" and waits)
+            )
+            if not with_session or (call.space and record.key[0] != call.space):
+                raise LockRuleBroken("lock-vanished", f"{record} is gone by {call.word} of {call.lock}")
+            del records[lock]
+        for lock in engine.locks:
+            if lock not in records:
+                raise LockRuleBroken("callback-after-end", f"lock {lock} is there, but was said to be gone")
+
+    # ---- the state
+
+    def _state(self, engine: Engine, call: Input) -> None:
+        now: dict[ResourceKey, Queues] = {}
+        present: dict[ResourceKey, Resource] = {}
+        places: set[int] = set()
+        granted = {effect.lock for effect in call.effects if isinstance(effect, Cast) and effect.status == 0}
+        for name, space in engine.spaces.items():
+            for resource_name, resource in space.resources.items():
+                key = (name, resource_name)
+                present[key] = resource
+                if resource.empty:
+                    raise LockRuleBroken("left-over", f"{key} has no locks")
+                now[key] = Queues(
+                    [(lock.id, lock.gr, lock.rq) for lock in resource.granted],
+                    [(lock.id, lock.gr, lock.rq) for lock in resource.converting],
+                    [(lock.id, lock.gr, lock.rq) for lock in resource.waiting],
+                )
+                self._one_queue(engine, resource, places)
+                self._compatible(resource)
+                self._no_missed_grant(resource)
+                self._no_deadlock(resource)
+                self._order(call, self.ledger.queues.get(key, Queues()), now[key], granted)
+                self.callbacks.all_answered(key, resource)
+                self.callbacks.holders_told(key, resource)
+                self.values.compare(key, resource)
+        if places != engine.locks.keys():
+            raise LockRuleBroken("one-queue", f"{engine.locks.keys() - places} are in no queue")
+        self._at_once(call, granted)
+        self.values.forget(present, set(engine.spaces))
+        self.ledger.queues = now
+
+    def _one_queue(self, engine: Engine, resource: Resource, places: set[int]) -> None:
         for queue in (resource.granted, resource.converting, resource.waiting):
             for lock in queue:
-                assert lock.id not in places, f"I10: {lock} is in two queues"
-                places[lock.id] = 1
-                assert self.engine.locks[lock.id].lock is lock
-                assert (lock.gr >= Mode.NL) == (queue is not resource.waiting), f"I10: {lock}"
-                if queue is not resource.granted:
-                    assert lock.rq >= Mode.NL
-                    assert not lock.fl & Flag.NOQUEUE, f"I15: {lock} waits"
-                    assert not lock.fl & Flag.EXPEDITE, f"I15: {lock} waits"
+                if lock.id in places or lock.id not in engine.locks or engine.locks[lock.id].lock is not lock:
+                    raise LockRuleBroken("one-queue", f"{lock} is in two queues or unknown")
+                places.add(lock.id)
+                if (lock.gr >= Mode.NL) != (queue is not resource.waiting):
+                    raise LockRuleBroken("one-queue", f"{lock} is in a queue where it cannot be")
+                record = self.ledger.records[lock.id]
+                if queue is resource.granted:
+                    if lock.gr != record.mode and not record.fl & Flag.CONVDEADLK:
+                        raise LockRuleBroken(
+                            "completion-lost", f"{lock}, but its owner was told {record.mode}"
+                        )
+                elif lock.rq < Mode.NL:
+                    raise LockRuleBroken("one-queue", f"{lock} is queued and wants nothing")
+                elif record.fl & (Flag.NOQUEUE | Flag.EXPEDITE):
+                    raise LockRuleBroken("noqueue-waits", f"{lock} may not wait")
         for lock in resource.converting:
-            if not lock.sb & StatusFlag.DEMOTED:
-                assert not is_down(lock.gr, lock.rq), f"I14: {lock} waits to go down"
+            if not lock.sb & StatusFlag.DEMOTED and is_down(lock.gr, lock.rq):
+                raise LockRuleBroken("down-conversion-waits", f"{lock} waits to go down")
+
+    def _compatible(self, resource: Resource) -> None:
+        modes: dict[int, list[Lock]] = {}
+        for lock in (*resource.granted, *resource.converting):
+            modes.setdefault(lock.gr, []).append(lock)
+        for mode, locks in modes.items():
+            for other, others in modes.items():
+                if (other != mode or len(locks) > 1) and not may_coexist(mode, other):
+                    raise LockRuleBroken(
+                        "excluding-modes-granted", f"{resource.name!r}: {locks} beside {others}"
+                    )
 
     def _no_missed_grant(self, resource: Resource) -> None:
-        if resource.converting:
-            head = resource.converting[0]
-            assert _blocked(resource, head, head.rq), f"I13: {head} could be granted"
-        elif resource.waiting:
-            head = resource.waiting[0]
-            # a request that was put at the head of a queue is not looked at until the next change (rule 7)
-            headed = head.fl & Flag.HEADQUE
-            assert headed or _blocked(resource, head, head.rq), f"I13: {head} could be granted"
+        queue = resource.converting or resource.waiting
+        if queue:
+            head = queue[0]
+            headed = queue is resource.waiting and self.ledger.records[head.id].headed
+            if not headed and not _blocked(resource, head):
+                raise LockRuleBroken("missed-grant", f"{resource.name!r}: {head} could be granted")
 
-    def _no_conversion_deadlock(self, resource: Resource) -> None:
+    def _no_deadlock(self, resource: Resource) -> None:
+        records = self.ledger.records
         for number, ahead in enumerate(resource.converting):
             for behind in resource.converting[number + 1 :]:
-                if not (ahead.fl | behind.fl) & Flag.NODLCKWT:
-                    mutual = not may_coexist(ahead.gr, behind.rq) and not may_coexist(behind.gr, ahead.rq)
-                    assert not mutual, f"I16: {ahead} and {behind} wait for each other"
+                if (records[ahead.id].fl | records[behind.id].fl) & Flag.NODLCKWT:
+                    continue
+                if not may_coexist(ahead.gr, behind.rq) and not may_coexist(behind.gr, ahead.rq):
+                    raise LockRuleBroken("conversion-deadlock", f"{ahead} and {behind} wait for each other")
 
-    def _order_of_grants(self, now: dict[tuple[str, bytes], Queues], effects: list[Effect]) -> None:
-        granted = {effect.lock for effect in effects if isinstance(effect, Cast) and effect.status == 0}
-        for key, was in self.queues.items():
-            if key not in now:
-                continue
-            for name, queue in (("I12", was.converting), ("I11", was.waiting)):
-                passed: list[int] = []
-                for lock in queue:
-                    place = self.engine.locks.get(lock)
-                    if place is None:
-                        continue
-                    if lock not in granted:
-                        passed.append(lock)
-                    elif passed and not place.lock.fl & Flag.NOORDER:
-                        still = [other for other in passed if other in now[key].converting + now[key].waiting]
-                        assert not still, f"{name}: {lock} was granted before {still}"
-            if any(lock in granted for lock in was.waiting):
-                first = [lock for lock in was.waiting if lock in granted and lock in self.engine.locks]
-                plain = [lock for lock in first if not self.engine.locks[lock].lock.fl & Flag.NOORDER]
-                assert not (plain and now[key].converting), f"I11: {plain} passed a queued conversion"
+    def _order(self, call: Input, was: Queues, now: Queues, granted: set[int]) -> None:
+        """Grants come from the head of each queue, and no request passes a queued conversion (I11, I12)."""
+        records = self.ledger.records
+        queued = {lock for lock, _, _ in (*now.converting, *now.waiting)}
+        for rule, queue in (("converting-order", was.converting), ("waiting-order", was.waiting)):
+            passed = 0
+            for lock, _, _ in queue:
+                if lock in queued:
+                    passed = passed or lock
+                elif lock in granted and passed and not records[lock].fl & Flag.NOORDER:
+                    raise LockRuleBroken(rule, f"{records[lock]} was granted before {records[passed]}")
+        if now.converting:
+            for lock, _, _ in was.waiting:
+                if lock in granted and not records[lock].fl & Flag.NOORDER:
+                    raise LockRuleBroken("waiting-order", f"{records[lock]} passed a queued conversion")
+        mine = {lock for lock, _, _ in now.granted}
+        if call.lock not in granted or call.lock not in mine:
+            return
+        if call.word == "request" and not call.flags & (Flag.NOORDER | Flag.EXPEDITE):
+            if was.converting or was.waiting:
+                raise LockRuleBroken("waiting-order", f"{records[call.lock]} passed those who waited")
+        elif call.word == "convert" and call.flags & Flag.QUECVT and was.converting:
+            raise LockRuleBroken("converting-order", f"{records[call.lock]} passed a conversion with QUECVT")
 
-    def _value(self, key: tuple[str, bytes], resource: Resource) -> None:
-        known = self.values.setdefault(key, Value())
-        if resource.lvb != known.value:
-            assert resource.lvb_seq > known.seq, "I22: a value changed without a write"
-        assert resource.lvb_seq >= known.seq
-        known.value, known.seq = resource.lvb, resource.lvb_seq
+    def _at_once(self, call: Input, granted: set[int]) -> None:
+        """What can never have to wait is granted by its own input (I14, I15)."""
+        if call.rc != 0 or call.lock in granted:
+            return
+        if call.word == "request" and call.flags & Flag.EXPEDITE:
+            raise LockRuleBroken("noqueue-waits", f"lock {call.lock} with EXPEDITE was not granted")
+        record = self.ledger.records.get(call.lock)
+        if call.word == "convert" and record is not None and is_down(record.mode, call.mode):
+            raise LockRuleBroken("down-conversion-waits", f"{record} was not granted at once")
 
-    def _effects(self, effects: list[Effect]) -> None:
-        for effect in effects:
-            match effect:
-                case Answer(_, _, 0, lock) if lock and lock not in self.seen:
-                    assert lock > max(self.seen, default=0), "I10: a lock id came back"
-                    self.seen.add(lock)
-                case Cast():
-                    place = self.engine.locks.get(effect.lock)
-                    assert effect.status != EDEADLK or effect.mode >= Mode.NL
-                    if place is None:
-                        continue
-                    fl = place.lock.fl
-                    if effect.sb_flags & StatusFlag.ALTMODE:
-                        assert fl & (Flag.ALTPR | Flag.ALTCW), "I20"
-                    if effect.sb_flags & StatusFlag.DEMOTED:
-                        assert fl & Flag.CONVDEADLK, "I20"
 
-    def _slots(self) -> None:
-        for space in self.engine.spaces.values():
-            sessions = [seat.session for seat in space.seats.values() if seat.state.value != "recovering"]
-            assert len(set(sessions)) == len(sessions), "I9: a session with two slots"
-            assert all(slot == seat.slot >= 1 for slot, seat in space.seats.items())
-            for seat in space.seats.values():
-                session = self.engine.sessions.get(seat.session)
-                if seat.state.value == "member":
-                    assert session is not None and not session.lost
-                elif seat.state.value == "zombie":
-                    assert session is not None and session.lost
-                else:
-                    assert session is None
-            assert not space.empty
+def _blocked(resource: Resource, lock: Lock) -> bool:
+    return any(
+        other is not lock and not may_coexist(other.gr, lock.rq)
+        for other in (*resource.granted, *resource.converting)
+    )

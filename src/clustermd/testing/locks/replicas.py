@@ -2,122 +2,34 @@
 
 Checked after every step, whatever a test does (dlm.md 6.9):
 
-    I1, I10 ...   the invariants of the engine, on every replica, after every entry it applies
-    I2            what clients were shown and have not given back never excludes what another was shown
-    I3            replicas that applied the same number of entries have the same history and the same state
-    I17           no operation completes twice, nothing completes for a client that is lost
+    the engine   every input, by `invariants`; every replica against the others, by `history`
+    I2, I9       what clients were shown and have not given back excludes nothing that another was shown; slots too
+    I4, I8       nothing is applied between a view and its install point; epochs are new
+    I17, I18     each client is shown exactly what the history has for it, in that order, and nothing after its end
+
+and by `check_quiet` and `check_empty`, when everything is delivered: no operation was lost (I24), nothing is
+left (I27).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
+from clustermd.dlm.engine import Engine
 from clustermd.dlm.machine import Machine
-from clustermd.dlm.modes import EUNLOCK, Flag, Mode
 from clustermd.dlm.replica import Replica
+from clustermd.dlm.wire import Frame
 from clustermd.group.process_group import Left, Member
-from clustermd.testing.locks.invariants import Checker, is_down, may_coexist
+from clustermd.testing.locks.client import Client
+from clustermd.testing.locks.history import History
+from clustermd.testing.locks.modes import may_coexist
 from clustermd.testing.locks.order import MemoryGroup, Port
+from clustermd.testing.locks.rules import LockRuleBroken
 from clustermd.trace import Trace
-
-Frame = list[Any]
-
-
-@dataclass
-class Client:
-    """One session: every frame it sent and got, and what it believes to hold (lock -> mode, resource)."""
-
-    node: Node
-    number: int
-    sent: dict[int, Frame] = field(default_factory=dict)
-    got: list[Frame] = field(default_factory=list)
-    done: dict[int, Frame] = field(default_factory=dict)
-    locks: dict[int, bytes] = field(default_factory=dict)
-    held: dict[int, int] = field(default_factory=dict)
-    pending: set[int] = field(default_factory=set)
-    freeing: set[int] = field(default_factory=set)
-    requests: dict[int, int] = field(default_factory=dict)
-    left: bool = False
-    lost: bool = False
-    ended: bool = False
-    next_op: int = 1
-
-    def send(self, *frame: Any) -> int:
-        """Send [word, op, ...]; the op number is put in. Returns it."""
-        op = self.next_op
-        self.next_op += 1
-        word, *rest = frame
-        whole = [word, op, *rest]
-        self.sent[op] = whole
-        match whole:
-            case ["convert", _, lock, mode, flags, _] if lock in self.held:
-                self.pending.add(lock)
-                if flags & Flag.CONVDEADLK:
-                    self.held[lock] = Mode.NL
-                elif is_down(self.held[lock], mode):
-                    self.held[lock] = mode
-                elif {self.held[lock], mode} == {Mode.PR, Mode.CW}:
-                    self.held[lock] = Mode.CR  # what both allow: the old mode may be gone before he is told
-            case ["leave", *_]:
-                self.left = True
-                self.held.clear()
-            case ["unlock", _, lock, *_]:
-                self.held.pop(lock, None)
-                self.freeing.add(lock)
-        self.node.replica.session_frame(self.number, whole)
-        return op
-
-    def hear(self, frame: Frame) -> None:
-        assert not self.lost and not self.ended, f"I17: {frame} for a client that is gone"
-        self.got.append(frame)
-        match frame:
-            case ["answer", op, rc, lock]:
-                word = self.sent[op][0]
-                if word == "request" and rc == 0:
-                    self.locks[lock] = self.sent[op][3]
-                    self.pending.add(lock)
-                    self.requests[lock] = op
-                else:
-                    self._complete(op, frame)
-                    if word == "convert":
-                        self.pending.discard(lock)
-            case ["cast", op, lock, status, _, _, mode]:
-                if op:  # 0: the lock went with its lockspace, nothing of it was pending
-                    self._complete(op, frame)
-                self.pending.discard(lock)
-                if mode == Mode.IV:
-                    self.held.pop(lock, None)
-                    if status == EUNLOCK:
-                        self._freed(lock, op, frame)
-                elif lock not in self.freeing and not self.left:
-                    self.held[lock] = mode
-            case ["refused", op, *_]:
-                self._complete(op, frame)
-            case ["done", space, *_]:
-                for op, whole in self.sent.items():
-                    if whole[0] == "join" and whole[2] == space and op not in self.done:
-                        self.done[op] = frame
-                        break
-
-    def _freed(self, lock: int, op: int, frame: Frame) -> None:
-        """Freeing a lock also ends what was pending on it, without a word of its own."""
-        self.done.setdefault(self.requests[lock], frame)
-        for other, whole in self.sent.items():
-            if whole[0] == "convert" and whole[2] == lock and (other < op or op == 0):
-                self.done.setdefault(other, frame)
-
-    def _complete(self, op: int, frame: Frame) -> None:
-        assert op in self.sent, f"a completion for nothing: {frame}"
-        assert op not in self.done, f"I17: {frame} after {self.done[op]}"
-        self.done[op] = frame
-
-    def words(self, word: str) -> list[Frame]:
-        return [frame for frame in self.got if frame[0] == word]
 
 
 class Node:
-    """One lock daemon: a replica, the shell around it, its clients."""
+    """One lock daemon: a replica, the shell around it, its clients. `separated` once the others went on without it."""
 
     def __init__(self, cluster: Cluster, port: Port) -> None:
         self.cluster = cluster
@@ -126,24 +38,46 @@ class Node:
         self.clients: dict[int, Client] = {}
         self.events: list[str] = []
         self.restart = ""
+        self.separated = False
+        self._frozen = True
+        self._epoch = 0
         trace = Trace()
         trace.listen(self._traced)
         self.replica = Replica(self, trace)
         self.replica.attach(port)
         port.events = self.replica
-        self._checker: Checker | None = None
+        self._really_apply = self.machine.apply
+        self.machine.apply = self._apply  # type: ignore[method-assign]  # every entry is judged
 
     @property
     def machine(self) -> Machine:
         return self.replica._machine
 
+    def _apply(self, entry: bytes) -> Any:
+        if self._frozen:
+            raise LockRuleBroken("applied-while-frozen", f"{self.member.name} has installed no view")
+        return self.cluster.applied(self, entry)
+
     def _traced(self, name: str, fields: dict[str, Any]) -> None:
-        if name == "dlm.apply":
-            self.cluster.applied(self, fields["applied"])
+        if name in ("dlm.start", "dlm.freeze"):
+            self._frozen = True
+        elif name == "dlm.install":
+            self._frozen = False
+            epoch, members = fields["epoch"], fields["members"]
+            if self.cluster.nobody_has_state():
+                self.cluster.installs.clear()
+            if epoch <= self._epoch or self.cluster.installs.setdefault(epoch, members) != members:
+                raise LockRuleBroken("epoch-not-new", f"{self.member.name} installs epoch {epoch}: {members}")
+            self._epoch = epoch
 
     def client(self, label: str = "test") -> Client:
         number = self.replica.open_session(label, 1000 + self.member.node)
-        client = self.clients[number] = Client(self, number)
+        key = (self.member.node, self.member.incarnation, number)
+        due = self.cluster.history.frames.setdefault(key, [])
+        name = f"{self.member.name}.{number}"
+        client = Client(self, key, name, due)
+        client.judged = not self.separated
+        self.clients[number] = client
         return client
 
     def lose_client(self, client: Client) -> None:
@@ -151,16 +85,20 @@ class Node:
         self.replica.session_lost(client.number)
 
     def end_client(self, client: Client, *, clean: bool = False) -> None:
+        """It said goodbye, or is proved dead: it uses nothing any more."""
         client.ended = True
-        if clean:
-            client.held.clear()
+        client.release()
         self.replica.session_end(client.number, "the test says so", clean)
 
     # ---- ReplicaShell
 
     def to_session(self, session: int, frame: Frame) -> None:
-        self.clients[session].hear(frame)
-        self.cluster.check_exclusion()
+        client = self.clients[session]
+        lock = client.hear(frame)
+        if lock:
+            self.cluster.check_exclusion(client, lock)
+        elif frame[0] == "done":
+            self.cluster.check_slot(client, frame[1])
 
     def suspended(self, reason: str) -> None:
         self.events.append("suspended")
@@ -173,13 +111,17 @@ class Node:
 
 
 class Cluster:
-    """`size` daemons in one view. `checked` turns the engine invariants on."""
+    """`size` daemons in one view. Without `judged` replicas may differ: for tests that make them differ."""
 
     def __init__(self, size: int, *, max_payload: int = 1 << 16, stable: bool = True) -> None:
         self.group = MemoryGroup(max_payload=max_payload, stable=stable)
         self.nodes: dict[Member, Node] = {}
         self.gone: list[Node] = []
-        self.history: dict[int, tuple[bytes, bytes]] = {}
+        self.apart: list[Node] = []
+        self.history = History(undo=not stable)
+        self.installs: dict[int, tuple[Any, ...]] = {}
+        self.judged = True
+        self.quorate = True
         self._life = 0
         for node in range(1, size + 1):
             self.start(node)
@@ -199,67 +141,125 @@ class Cluster:
     def node(self, number: int) -> Node:
         return next(node for member, node in sorted(self.nodes.items()) if member.node == number)
 
+    def everybody(self) -> list[Node]:
+        """All whose clients may still use what they were shown."""
+        return [*self.nodes.values(), *self.gone, *self.apart]
+
     def lose(self, node: Node, reason: Left = Left.LOST) -> None:
         """A daemon is gone; its clients keep using what they were shown until it is fenced."""
         del self.nodes[node.member]
         self.gone.append(node)
         for client in node.clients.values():
             client.lost = True
-        self.group.lose(node.member, reason)
+        self.group.lose(node.member, reason, quorate=self.quorate)
+        self._forget_lost_entries()
+
+    def cut(self, node: Node, own: int = 0) -> None:
+        """A daemon is cut off from the others, and lives on; `MemoryGroup.cut`."""
+        del self.nodes[node.member]
+        self.apart.append(node)
+        node.separated = True
+        for client in node.clients.values():
+            client.judged = False  # what it hears from now on may never have happened for the others
+        self.group.cut(node.member, own, quorate=self.quorate)
+        self._forget_lost_entries()
+
+    def heal(self, node: Node) -> None:
+        """It meets the others again, and must start anew. To lose all of them before it does would lose the state."""
+        self.apart.remove(node)
+        self.nodes[node.member] = node
+        self.group.heal(node.port, quorate=self.quorate)
 
     def fence(self, node: Node) -> None:
         """Proved dead: from now on its clients use nothing any more."""
         for client in node.clients.values():
-            client.held.clear()
-        self.gone.remove(node)
+            client.lost = True
+            client.release()
+        (self.apart if node in self.apart else self.gone).remove(node)
         self.group.fence(node.member)
+
+    def _forget_lost_entries(self) -> None:
+        """What only lost members have applied never happened; whoever gets to know of it applies it anew."""
+        if self.group.stable:
+            return
+        living = [node for node in self.nodes.values() if not node.separated]
+        applied = max((node.machine.applied for node in living), default=0)
+        if applied < len(self.history.entries):
+            self.history.roll_back(applied)
+        epoch = max((node._epoch for node in living), default=0)
+        self.installs = {known: members for known, members in self.installs.items() if known <= epoch}
 
     # ---- what must hold
 
-    def applied(self, node: Node, applied: int) -> None:
-        """A replica applied an entry. Its state must be that of whoever applied as many (I3)."""
+    def applied(self, node: Node, entry: bytes) -> Any:
+        """A replica applies an entry: by the rules, and with the outcome that it has for all (I3)."""
         machine = node.machine
-        state = (machine.chain, machine.digest())
-        if applied == 1 and all(other.machine.applied <= 1 for other in self.nodes.values()):
-            self.history.clear()  # nobody had a state: a history begins
-        known = self.history.setdefault(applied, state)
-        assert state == known, f"I3: {node.member.name} differs after {applied} entries"
-        checker = Checker(machine.engine)
-        checker.after([])
+        if not self.judged or node.separated:
+            return node._really_apply(entry)
+        if self.nobody_has_state():
+            self.history.clear()  # another one begins
+        return self.history.apply(node.member.name, machine, node._really_apply, entry)
 
-    def check_exclusion(self) -> None:
-        """I2: no two clients hold, as far as they were told, what excludes each other."""
-        held: dict[bytes, list[tuple[int, str]]] = {}
-        for node in [*self.nodes.values(), *self.gone]:
-            for client in node.clients.values():
-                for lock, mode in client.held.items():
-                    name = client.locks[lock]
-                    who = f"{node.member.name}.{client.number}"
-                    for other_mode, other in held.setdefault(name, []):
-                        assert may_coexist(mode, other_mode), f"I2: {who} and {other} hold {name!r}"
-                    held[name].append((mode, who))
+    def nobody_has_state(self) -> bool:
+        """Whether all who knew the history are gone."""
+        return not any(node.machine.applied for node in self.nodes.values() if not node.separated)
+
+    def check_exclusion(self, client: Client, lock: int) -> None:
+        """I2: no two clients hold, as far as they were told, what excludes each other. `client` was shown `lock`."""
+        mode, name = client.held[lock], client.locks[lock]
+        for node in self.everybody():
+            for other in node.clients.values():
+                for other_lock, other_mode in other.held.items():
+                    if may_coexist(mode, other_mode) or other_lock == lock or other.locks[other_lock] != name:
+                        continue
+                    raise LockRuleBroken(
+                        "excluding-modes-shown",
+                        f"{client.name} holds {name} in {mode}, {other.name} in {other_mode}",
+                    )
+
+    def check_slot(self, client: Client, space: str) -> None:
+        """I9, as clients see it: whoever was told a slot has it alone."""
+        slot = client.slots.get(space)
+        for node in self.everybody():
+            for other in node.clients.values():
+                if slot is not None and other is not client and other.slots.get(space) == slot:
+                    raise LockRuleBroken(
+                        "slot", f"{client.name} and {other.name} have slot {slot} of {space}"
+                    )
 
     def check_quiet(self) -> None:
         """Everything delivered: all replicas equal, every operation done or visibly queued, none lost."""
         states = {(node.machine.applied, node.machine.digest()) for node in self.nodes.values()}
-        assert len(states) == 1, f"I3: {states}"
+        if len(states) != 1:
+            raise LockRuleBroken("replicas-differ", f"at rest: {sorted(states)}")
         for node in self.nodes.values():
-            assert not node.restart
-            assert node.replica.installed
+            if node.restart or not node.replica.installed:
+                raise LockRuleBroken("must-restart", f"{node.member.name}: {node.restart or 'not installed'}")
             engine = node.machine.engine
             for client in node.clients.values():
                 if client.lost or client.ended:
                     continue
+                if client.judged and client.shown != len(client.due):
+                    due = client.due[client.shown]
+                    raise LockRuleBroken("completion-lost", f"{client.name} was never shown {due}")
                 for op, frame in client.sent.items():
-                    if op not in client.done:
-                        assert self._queued(engine, node, client, op, frame), f"I24: {frame} has no outcome"
+                    if op not in client.done and not _queued(engine, client, op, frame):
+                        raise LockRuleBroken("completion-lost", f"{client.name}: {frame} has no outcome")
 
-    def _queued(self, engine: Any, node: Node, client: Client, op: int, frame: Frame) -> bool:
-        key = (node.member.node, node.member.incarnation, client.number)
-        if frame[0] == "join":
-            return frame[2] in engine.spaces and engine.spaces[frame[2]].joiner(key) is not None
-        for place in engine.locks.values():
-            lock, resource = place.lock, place.resource
-            if lock.session == key and lock.op == op:
-                return lock in resource.waiting or lock in resource.converting
-        return False
+    def check_empty(self) -> None:
+        """Everybody has ended, and nothing is left anywhere."""
+        for node in self.nodes.values():
+            engine = node.machine.engine
+            left = (engine.spaces, engine.locks, engine.sessions)
+            if any(left) or any(state.lost for state in node.machine.nodes.values()):
+                raise LockRuleBroken("left-over", f"{node.member.name} keeps {left}")
+
+
+def _queued(engine: Engine, client: Client, op: int, frame: Frame) -> bool:
+    if frame[0] == "join":
+        return frame[2] in engine.spaces and engine.spaces[frame[2]].joiner(client.key) is not None
+    for place in engine.locks.values():
+        lock, resource = place.lock, place.resource
+        if lock.session == client.key and lock.op == op:
+            return lock in resource.waiting or lock in resource.converting
+    return False
