@@ -2,7 +2,7 @@
 
 Array, cluster protocol, lock sessions and replicas are the production code; the order of messages is a list, disks are
 byte arrays, time is virtual, and whatever is ready runs first come first served. A line is a step that a node took.
-Behind it stand the chunks whose bits are set on the disks, slot by slot, and the chunks in which the two disks differ at
+Behind it stand the chunks whose bits are set on the disks, slot by slot, and those in which the two disks differ at
 that moment. `3|-` is a bit that only the first disk has. No line may show a chunk that differs without a bit in some
 slot: that is checked at every line (md-cluster spec 9).
 
@@ -57,6 +57,7 @@ WIDTH = 48
 CELL = 9
 
 STEPS = {
+    "slot.loaded": "loads its own slot {slot}: {dirty} dirty",
     "array.serving": "serves",
     "cluster.lost": "hears that {node} (slot {slot}) is dead",
     "leave.announced": "tells all that slot {slot} has bits left",
@@ -239,6 +240,12 @@ class TakeoverStory:
         for box, member in zip(self.boxes, made.members, strict=True):
             for sector, content in member.writes:
                 box.data[sector * 512 : sector * 512 + len(content)] = content
+        box = self.boxes[0]
+        self.superblock: Superblock = find(
+            lambda sector, count: bytes(box.data[sector * 512 : (sector + count) * 512]), box.size_sectors
+        )
+        first = (self.superblock.super_offset + self.superblock.bitmap_offset) * 512
+        self.geometry = BitmapGeometry.of(BitmapSuperblock.from_bytes(bytes(box.data[first : first + 256])))
 
     # --- commands
 
@@ -268,8 +275,7 @@ class TakeoverStory:
 
     def do_tear(self, name: str, *chunks: str) -> list[str]:
         node = self.nodes[name]
-        superblock = self._superblock()
-        delay = Trouble(ops=(Op.WRITE,), lo=superblock.data_offset, slow_s=NEVER_S)
+        delay = Trouble(ops=(Op.WRITE,), lo=self.superblock.data_offset, slow_s=NEVER_S)
         node.paths["disk1"].troubles.append(delay)
         for chunk in chunks:
             node.write(int(chunk))
@@ -383,25 +389,20 @@ class TakeoverStory:
         ]
         return f"{what:<{WIDTH}}{''.join(f'{cell:<{CELL}}' for cell in cells)}{_numbers(differ)}"
 
-    def _superblock(self) -> Superblock:
-        data = self.boxes[0].data
-        return find(
-            lambda sector, count: bytes(data[sector * 512 : (sector + count) * 512]),
-            self.boxes[0].size_sectors,
-        )
-
     def _bits(self, box: Box, slot: int) -> list[int]:
-        superblock = self._superblock()
-        first = (superblock.super_offset + superblock.bitmap_offset) * 512
-        geometry = BitmapGeometry.of(BitmapSuperblock.from_bytes(bytes(box.data[first : first + 256])))
-        start = geometry.start_sector(superblock.super_offset, superblock.bitmap_offset, slot) * 512
+        where, geometry = self.superblock, self.geometry
+        start = geometry.start_sector(where.super_offset, where.bitmap_offset, slot) * 512
         return geometry.dirty_chunks(bytes(box.data[start : start + geometry.bytes_per_node]))
 
     def _differ(self) -> list[int]:
-        start = self._superblock().data_offset * 512
-        one, two = (box.data[start:] for box in self.boxes)
+        start = self.superblock.data_offset * 512
+        one, two = (memoryview(box.data)[start:] for box in self.boxes)
+        chunks = range(len(one) // CHUNK)
         return [
-            at // CHUNK for at in range(0, len(one), CHUNK) if one[at : at + CHUNK] != two[at : at + CHUNK]
+            chunk
+            for chunk in chunks
+            if bytes(one[chunk * CHUNK : (chunk + 1) * CHUNK])
+            != bytes(two[chunk * CHUNK : (chunk + 1) * CHUNK])
         ]
 
 
