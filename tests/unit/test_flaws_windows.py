@@ -550,7 +550,7 @@ def test_rule_16_a_read_that_was_given_up_lands_in_a_buffer_of_its_own(tmp_path:
     poke(paths[1], 0, b"1" * CHUNK)
     at = data_at(paths[0])
 
-    async def one_buffer(self: Resync, lo: int, hi: int, length: int) -> Any:
+    async def one_buffer(self: Resync, lo: int, hi: int, length: int, first_only: bool) -> Any:
         shared, tried = Shared(self.state.submitter.pool.take(length)), 0
         while True:
             source = self.state.first_copy(lo, hi, tried)

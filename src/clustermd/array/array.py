@@ -42,6 +42,7 @@ from clustermd.trace import Trace
 DEVICE_TIMEOUT_S = 30
 QUIESCE_S = 15.0
 REJOIN_S = 0.5
+REJOIN_MOST_S = 8.0
 CUT_S = 5.0
 """How long a stop without contact waits for its tasks before it gives up the membership."""
 DEFAULT_LIMITS = (1000, 200000)
@@ -289,6 +290,7 @@ class Array:
         while True:
             await self._lost.wait()
             await self._end_life()
+            delay_s = REJOIN_S
             while True:
                 try:
                     await self._begin()
@@ -300,7 +302,10 @@ class Array:
                     self.changed()
                     self.state.gate.shut("joining again failed")
                     await self.state.submitter.drained()
-                    await asyncio.sleep(REJOIN_S)
+                    # A member with a shut gate can follow no message, and may hold bits that others must copy.
+                    await self.coordinator.abandon()
+                    await asyncio.sleep(delay_s)
+                    delay_s = min(2 * delay_s, REJOIN_MOST_S)  # each attempt makes the others recover us
 
     async def _end_life(self) -> None:
         """Stop what acts, let what is in flight land; requests are kept."""

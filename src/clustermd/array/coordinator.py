@@ -74,6 +74,9 @@ class Coordinator(Protocol):
     async def leave(self, *, handover: bool) -> None:
         """Leave; `handover`: our bitmap still has bits that somebody should take over."""
 
+    async def abandon(self) -> None:
+        """End a membership that came to nothing; what it had taken over is for others. Nothing may be in flight."""
+
     def metadata_update(self) -> AbstractAsyncContextManager[None]:
         """Hold the right to write superblocks; publish on a clean exit, and raise if somebody did not follow."""
 
@@ -108,6 +111,9 @@ class Alone:
         return 0
 
     async def leave(self, *, handover: bool) -> None:
+        return None
+
+    async def abandon(self) -> None:
         return None
 
     @asynccontextmanager

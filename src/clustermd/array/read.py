@@ -9,10 +9,12 @@ bad copy repaired behind it.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from collections.abc import Callable
 
 from clustermd.array.member import Member
+from clustermd.array.member_io import Shared, transfer
 from clustermd.array.request import Request
 from clustermd.array.state import ArrayState
 from clustermd.device.member_device import Op
@@ -134,9 +136,44 @@ class Reader:
             return
         if not op.given_up:
             self._repair(op.member, lo, hi)
+            if hi - lo > 1 and self.read_first(lo, hi):
+                task = asyncio.get_running_loop().create_task(self._in_parts(request, lo, hi), name="read")
+                state.tasks.add(task)
+                task.add_done_callback(state.tasks.discard)
+                return
         again = ReadOp(self, request, member)
         again.tried = op.tried
         self._issue(again)
+
+    async def _in_parts(self, request: Request, lo: int, hi: int) -> None:
+        """Answer a read of what may differ, of which the first copy cannot deliver all: block by block from the first
+        that can, as a resync will copy it. Another copy may differ in the blocks that the first one has (I17)."""
+        state = self.state
+        assert request.buffer is not None
+        blocks = [member.device.logical_block_bytes // 512 for member in state.writable]
+        step = max(blocks, default=1)
+        for at in range(lo, hi, step):
+            tried = 0
+            while True:
+                member = state.first_copy(at, at + step, tried)
+                if member is None:
+                    request.error = errno.EIO
+                    request.owner.completed(request)
+                    return
+                shared = Shared(state.submitter.pool.take(step * 512))
+                try:
+                    result = await transfer(state, member, Op.READ, at, step * 512, shared)
+                    if result == -errno.ESHUTDOWN:
+                        state.parked.append(request)
+                        return
+                    if result == step * 512:
+                        place = (at - lo) * 512
+                        request.buffer.view[place : place + result] = shared.buffer.view[:result]
+                        break
+                finally:
+                    shared.drop()
+                tried |= 1 << member.index
+        request.owner.completed(request)
 
     def overdue(self, limit_ticks: int) -> int:
         """Give up reads older than `limit_ticks` seconds and read elsewhere, into another buffer."""

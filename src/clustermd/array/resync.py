@@ -32,7 +32,6 @@ from clustermd.ondisk.superblock import MAX_SECTOR
 
 WINDOW_SECTORS = 65536
 STEP_SECTORS = 512
-PIECE_SECTORS = 8
 DEPTH = 8
 WINDOW_S = 0.25
 MARK_S = 3.0
@@ -353,27 +352,31 @@ class Resync:
     async def _copy_around(self, lo: int, hi: int) -> None:
         """Copy what can be read. Where no member can be, none answers a reader, so none contradicts another.
 
-        The chunk keeps its bit: what cannot be read now may be readable some day. A recovery is another matter, its
+        A range that the first copy does not deliver as a whole is copied in ever smaller parts, so that only the very
+        blocks it cannot read come from another: of all others readers have seen what stands there (I17). A chunk with
+        a block that nobody delivers keeps its bit: it may be readable some day. A recovery is another matter, its
         target would answer.
         """
+        block = max(member.device.logical_block_bytes for member in self.state.writable) // 512
         try:
-            await self._copy(lo, hi)
+            await self._copy(lo, hi, first_only=hi - lo > block)
         except Unreadable as error:
-            if hi - lo > PIECE_SECTORS:
-                for at in range(lo, hi, PIECE_SECTORS):
-                    await self._copy_around(at, min(at + PIECE_SECTORS, hi))
+            if hi - lo > block:
+                middle = lo + max(block, (hi - lo) // 2 // block * block)
+                await self._copy_around(lo, middle)
+                await self._copy_around(middle, hi)
                 return
             self.state.log.error("left as it is: %s", error)
             self._holes.add(lo // self.state.the_bitmap().chunk_sectors)
 
-    async def _copy(self, lo: int, hi: int) -> None:
-        """Read [lo, hi) from the first copy, write it to all others that work."""
+    async def _copy(self, lo: int, hi: int, first_only: bool = False) -> None:
+        """Read [lo, hi) from the first copy, or with `first_only` from no other, and write it to all that work."""
         state = self.state
         step = await hold_range(state, lo, hi)
         length = (hi - lo) * 512
         shared: Shared | None = None
         try:
-            source, shared = await self._read_source(lo, hi, length)
+            source, shared = await self._read_source(lo, hi, length, first_only)
             state.trace.point("resync.read", lo=lo, hi=hi)
             targets = [member for member in state.writable if member is not source]
             numbers = [member.number for member in targets]
@@ -395,7 +398,9 @@ class Resync:
                 state.trace.point("resync.step", lo=lo, hi=hi)
             state.ranges.remove(step)
 
-    async def _read_source(self, lo: int, hi: int, length: int) -> tuple[Member, Shared]:
+    async def _read_source(
+        self, lo: int, hi: int, length: int, first_only: bool
+    ) -> tuple[Member, Shared]:
         """The member that delivered, and what. A read that was given up keeps its buffer: it may still land."""
         state = self.state
         tried = 0
@@ -418,6 +423,8 @@ class Resync:
             state.log.warning("%s: read error in a resync at sector %d (%d)", source.path, lo, result)
             tried |= 1 << source.index
             stuck = stuck or result == -errno.ETIMEDOUT
+            if first_only and not stuck:
+                raise Unreadable(f"{source.path} cannot deliver all of sectors {lo} to {hi}")
 
     async def _flush_touched(self) -> None:
         """What was copied is durable before anything relies on it (rule 15)."""

@@ -56,6 +56,9 @@ class Cluster:
         await self._end_life()
         await asyncio.gather(leaving, return_exceptions=True)
 
+    async def abandon(self) -> None:
+        await self._end_life()
+
     async def _end_life(self) -> None:
         life, self._life = self._life, None
         if life is not None:

@@ -7,7 +7,8 @@ randomness, no node of its own: all replicas make the same calls and hold the sa
 
 How a session ends decides what happens to its locks (dlm.md 3.4, 6.4):
 
-    leave / clean end    everything freed at once, nobody recovers anything
+    leave                everything freed at once, nobody recovers anything
+    clean end            the same for locks; a lockspace it had not left recovers its slot
     lost                 its process may be gone, its I/O may be not: waiting requests are removed, conversions
                          cancelled; granted locks stay as *zombies* that block others and get no basts
     end, with proof      it is dead and its I/O has drained: locks purged, value blocks it may have left half
@@ -127,11 +128,14 @@ class Engine:
                     seat.state = SeatState.ZOMBIE
             self._settle(space)
 
-    def end_sessions(self, keys: Iterable[SessionKey], *, clean: bool, node_died: bool = False) -> None:
+    def end_sessions(
+        self, keys: Iterable[SessionKey], *, clean: bool, node_died: bool = False, node_left: bool = False
+    ) -> None:
         """Sessions that said goodbye (`clean`), or whose process (or node) is proved dead: purge.
 
         A dead process leaves every value block under its PW or EX lock invalid, a dead node only those it held with
-        VALBLK (dlm.md 2.4); a clean end is like a node's leaving.
+        VALBLK (dlm.md 2.4). Whoever ends without leaving a lockspace first may have left something there that others must
+        recover, however clean its end: only `leave`, or a node that leaves, says that there is nothing.
         """
         ended = frozenset(key for key in keys if key in self.sessions)
         for key in ended:
@@ -139,7 +143,7 @@ class Engine:
         for name in sorted(self.spaces):
             space = self.spaces[name]
             space.joiners = [joiner for joiner in space.joiners if joiner.session not in ended]
-            self._depart(space, ended, failed=not clean, always_invalid=not clean and not node_died)
+            self._depart(space, ended, failed=not node_left, always_invalid=not clean and not node_died)
 
     # ---- membership of a lockspace
 

@@ -209,7 +209,7 @@ class Machine:
                 continue
             if key in gone_cleanly and not self.nodes[key].lost:
                 del self.nodes[key]
-                self.engine.end_sessions(self._sessions_of(key), clean=True)
+                self.engine.end_sessions(self._sessions_of(key), clean=True, node_left=True)
             elif not self.nodes[key].lost:
                 self.nodes[key].lost = True
                 self.engine.lose_sessions(self._sessions_of(key))

@@ -491,8 +491,10 @@ class SimSubmitter:
 
     def let_go(self) -> None:
         """The process is dead: whoever of it awaits a request is told something, so that its task can end."""
-        for target in self._awaited:
-            target.io_done(0, -errno.ESHUTDOWN)
+        waiting = [io.target for io in (*self._queued, *self._flight)] + [done[0] for done in self._done]
+        for target in [*self._awaited, *waiting]:
+            if isinstance(target, _Once):
+                target.io_done(0, -errno.ESHUTDOWN)
 
     def cut_off(self) -> None:
         """What is on its way never lands."""

@@ -39,6 +39,7 @@ class SimCluster:
         self.pipes = dice.stream("pipes")
         self.fate = dice.stream("cluster")
         self.group = SimGroup(loop, dice, plan.nodes, durable=plan.durable)
+        self.group.on_lost = self.watch_lost
         self.boxes = [
             Box(f"box{number}", plan.data_offset_sectors + plan.array_sectors, dice, watcher)
             for number in range(plan.members)
@@ -94,7 +95,6 @@ class SimCluster:
         self._incarnation += 1
         machine.lockd = Lockd(machine, self._incarnation)
         self.group.join(machine.lockd.port)
-        self.watch_lost()
 
     def start_array(self, machine: Machine) -> None:
         if machine.array is not None and machine.array.process.alive:
@@ -104,6 +104,7 @@ class SimCluster:
         self._arrays.append(machine.array)
 
     def start(self, machine: Machine) -> None:
+        machine.powered = True
         self.start_lockd(machine)
         self.start_array(machine)
 
@@ -118,8 +119,8 @@ class SimCluster:
             self.loop.later(START_AGAIN_S, self._start_array_if_up, array.machine)
 
     def _start_array_if_up(self, machine: Machine) -> None:
-        if machine.up and not machine.paused:
-            self.start_array(machine)
+        if machine.powered and not machine.paused and self.restarts:
+            self.start(machine)  # whoever needs a lock daemon starts it
 
     def stop_array(self, machine: Machine, then: Callable[[], None]) -> None:
         """A clean stop of the array; its lock daemon stays."""
@@ -176,6 +177,7 @@ class SimCluster:
 
     def kill(self, machine: Machine, detect_s: float) -> None:
         """The machine loses power."""
+        machine.powered = False
         self.kill_array(machine)
         self.kill_lockd(machine, detect_s)
         machine.paused = False
@@ -224,36 +226,32 @@ class SimCluster:
 
     def _lost(self, lockd: Lockd) -> None:
         self.group.lose(lockd.port)
-        self.watch_lost()
 
     def cut_off(self, numbers: set[int]) -> None:
         """These nodes and the others do not hear each other any more."""
         self._cut |= numbers
         self.group.partition(self._cut)
-        self.watch_lost()
 
     def heal(self, numbers: set[int]) -> None:
         """They hear each other again."""
         if self._cut & numbers:
             self._cut -= numbers
             self.group.partition(self._cut)
-            self.watch_lost()
 
     def thaw(self) -> None:
         self.group.thaw()
-        self.watch_lost()
 
     def watch_lost(self) -> None:
         """Begin to prove the end of every member that is lost."""
         for machine in self.machines.values():
             for lockd in machine.lockds:
-                if lockd.port.me in self.group.lost and not lockd.proving:
+                if self.group.lost.get(lockd.port.me) == "" and not lockd.proving:
                     lockd.proving = True
                     self._prove(lockd, self.loop.time())
 
     def _prove(self, lockd: Lockd, since_s: float) -> None:
         member = lockd.port.me
-        if member not in self.group.lost:
+        if self.group.lost.get(member) != "":
             lockd.proving = False  # it is back
             return
         waited_s = self.loop.time() - since_s
@@ -263,6 +261,7 @@ class SimCluster:
                     attached.array.submitter.life_over = True
             for attached in lockd.witnesses:
                 self.on_ended(attached.array)
+            lockd.proving = False
             self.group.fence(member, "its last request has landed")
             return
         if waited_s >= self.plan.fence_after_s:

@@ -22,6 +22,9 @@ from clustermd.testing.simulator.dice import Stream
 SPIN_LIMIT = 200_000
 """So many callbacks without a step of time are a loop that never ends."""
 
+TICK_S = 1e-9
+"""No sleep is shorter: one that rounding makes nothing of would never end, as time moves for nobody else."""
+
 
 class Spinning(Exception):
     """Callbacks follow one another for ever while time stands still."""

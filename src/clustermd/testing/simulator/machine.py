@@ -186,6 +186,7 @@ class SimLink:
             self._there.send(GOODBYE)
             self._closing = True
         await self._over.wait()
+        self._array.life_ended()
         self.session.on_lost("closed")
 
     @property
@@ -273,6 +274,12 @@ class ArrayProcess:
         self.serving = True
         cluster.array_started(self)
 
+    def life_ended(self) -> None:
+        """Its present life is over, and nothing of it can land any more."""
+        if self.broken_s < 0:
+            self.broken_s = self.machine.cluster.loop.time()
+        self.ended_s = self.machine.cluster.loop.time()
+
     def submit(self, requests: list[Request]) -> None:
         """Client requests, as the export would hand them over."""
         assert self.array is not None
@@ -315,6 +322,7 @@ class Machine:
         self.array: ArrayProcess | None = None
         self.lost_paths: set[str] = set()
         self.paused = False
+        self.powered = True
 
     @property
     def up(self) -> bool:

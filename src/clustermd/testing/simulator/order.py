@@ -177,6 +177,7 @@ class SimGroup:
         self.components: list[Component] = []
         self.joining: list[Port] = []
         self.lost: dict[Member, str] = {}  # lost members, with the proof once there is one
+        self.on_lost: Callable[[], None] = lambda: None  # somebody may be lost whose end must be proved
         self.frozen = False
         self._goodbyes: dict[Member, Left] = {}
         self._ring = 0
@@ -321,6 +322,7 @@ class SimGroup:
             if self.draw.below(2):
                 port.outgoing.clear()  # delivered in the next view or never
             port.accept_soon()
+        self.on_lost()
 
     def _begin(
         self,

@@ -220,15 +220,15 @@ class Run:
         self.cluster.kill(machine, detect_s)
 
     def start(self, machine: Machine) -> None:
-        if not machine.paused:
+        if not machine.paused and self.cluster.restarts:
             self.cluster.start(machine)
 
     def start_array(self, machine: Machine) -> None:
-        if machine.up and not machine.paused:
+        if machine.up and not machine.paused and self.cluster.restarts:
             self.cluster.start_array(machine)
 
     def start_lockd(self, machine: Machine) -> None:
-        if not machine.paused:
+        if not machine.paused and self.cluster.restarts:
             self.cluster.start_lockd(machine)
 
     def die_at(self, point: str, skip: int, down_s: float, detect_s: float) -> None:

@@ -9,13 +9,14 @@ The kinds of operations are the table `KINDS`: a later feature adds its operatio
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from clustermd.array.request import Kind, Request
 from clustermd.device.member_device import Buffer
 from clustermd.testing.simulator.dice import Dice
-from clustermd.testing.simulator.model import Model, Read, Write, content
+from clustermd.testing.simulator.model import Model, ModelBroken, Read, Write, content
 from clustermd.testing.simulator.plan import Plan, Step
 
 if TYPE_CHECKING:
@@ -168,8 +169,10 @@ class Clients:
         if op is None or not op.array.process.alive:
             return
         del self.pending[request.cookie]
-        if request.error:
+        if request.error and request.error != errno.ESHUTDOWN and not self._may_be_refused(op, request.error):
             self.errors += 1
+            words = f"a {op.step.what} of {op.step.args} is answered with {errno.errorcode[request.error]}"
+            self._broken(ModelBroken("needless-error", words), op.array.machine.name)
         try:
             if op.write is not None:
                 self.model.answered(op.write, request.error)
@@ -186,6 +189,9 @@ class Clients:
             self._broken(error, op.array.machine.name)
         if request.buffer is not None:
             request.buffer.release()
+
+    def _may_be_refused(self, op: Op, error: int) -> bool:
+        return op.step.what in ("trim", "zero") and error == errno.EOPNOTSUPP
 
     def process_gone(self, array: ArrayProcess) -> list[Write]:
         """Nobody will answer what this process had. Returns its writes, which may still land."""
