@@ -122,6 +122,8 @@ class Life:
             if any(member.slot == slot + 1 for member in self._lockspace.slots):
                 async with self.channel.receiving:  # no message may overtake what is read here
                     block = await read_block(self._lockspace, slot)
+                    if slot in self.takeovers & self._gone:
+                        continue  # its owner died before we looked: its window stays until its bits are ours
                     self.array.set_window(slot, block.lo, block.hi)
                     self.trace.point("join.window", slot=slot, lo=block.lo, hi=block.hi)
                 return
