@@ -218,7 +218,7 @@ class SimLoop(asyncio.AbstractEventLoop):
         *args: Any,
         context: contextvars.Context | None = None,
     ) -> Handle:
-        when = self._now_s + delay
+        when = self._now_s + (max(delay, TICK_S) if delay > 0 else delay)
         handle = Timer(callback, args, contextvars.copy_context() if context is None else context, when)
         self._serial += 1
         heapq.heappush(self._timers, (when, self._serial, handle))
