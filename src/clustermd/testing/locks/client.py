@@ -71,6 +71,8 @@ class Client:
                     self.held[lock] = mode
                 elif {self.held[lock], mode} == {Mode.PR, Mode.CW}:
                     self.held[lock] = Mode.CR  # what both allow: the old mode may be gone before he is told
+            case ["join", *_]:
+                self.left = False
             case ["leave", *_]:
                 self.left = True
                 self.held.clear()
@@ -106,12 +108,16 @@ class Client:
                 self._complete(op, frame)
             case ["done", space, _, our_slot, _]:
                 if not self.left:
-                    self.slots[space] = our_slot
-                for op, whole in self.sent.items():
-                    if whole[0] == "join" and whole[2] == space and op not in self.done:
-                        self.done[op] = frame
-                        break
+                    self._joined(space, our_slot, frame)
         return 0
+
+    def _joined(self, space: str, slot: int, frame: Frame) -> None:
+        """The first done completes the join that waits longest; a later one tells of somebody else."""
+        if space not in self.slots:
+            joins = [op for op, whole in self.sent.items() if whole[0] == "join" and whole[2] == space]
+            for op in [op for op in joins if op not in self.done][:1]:
+                self.done[op] = frame
+        self.slots[space] = slot
 
     def _answered(self, op: int, rc: int, lock: int, frame: Frame) -> None:
         whole = self.sent[op]

@@ -16,6 +16,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from clustermd.group.process_group import Busy, GroupEvents, Left, Member, View, Witness
+from clustermd.testing.locks.rules import LockRuleBroken
+
+ROUNDS_MAX = 100_000
+"""Rounds of everybody's next message until nothing moves: far more than any test needs."""
 
 Event = Callable[[GroupEvents], None]
 
@@ -219,15 +223,17 @@ class MemoryGroup:
             events.on_stable(index)
 
     def settle(self) -> None:
-        """Order and deliver until nothing moves."""
-        moved = True
-        while moved:
+        """Order and deliver until nothing moves. Raises LockRuleBroken if that does not end."""
+        for _ in range(ROUNDS_MAX):
             moved = False
             for member in sorted(self.ports):
                 moved |= self.accept(member)
             for member in sorted(self.ports):
                 while member in self.ports and self.deliver(member):
                     moved = True
+            if not moved:
+                return
+        raise LockRuleBroken("never-quiet", f"messages go on after {ROUNDS_MAX} rounds")
 
 
 def _message(index: int, sender: Member, payload: bytes, *, stable: bool = False) -> Event:

@@ -13,12 +13,13 @@ left (I27).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from clustermd.dlm.engine import Engine
 from clustermd.dlm.machine import Machine
 from clustermd.dlm.replica import Replica
-from clustermd.dlm.wire import Frame
+from clustermd.dlm.wire import Frame, unpack
 from clustermd.group.process_group import Left, Member
 from clustermd.testing.locks.client import Client
 from clustermd.testing.locks.history import History
@@ -66,6 +67,7 @@ class Node:
             epoch, members = fields["epoch"], fields["members"]
             if self.cluster.nobody_has_state():
                 self.cluster.installs.clear()
+                self._epoch = 0  # an install that it never had the state of was none
             if epoch <= self._epoch or self.cluster.installs.setdefault(epoch, members) != members:
                 raise LockRuleBroken("epoch-not-new", f"{self.member.name} installs epoch {epoch}: {members}")
             self._epoch = epoch
@@ -94,6 +96,8 @@ class Node:
 
     def to_session(self, session: int, frame: Frame) -> None:
         client = self.clients[session]
+        if self.cluster.listen is not None:
+            self.cluster.listen(f"{client.name} is shown {frame!r}")
         lock = client.hear(frame)
         if lock:
             self.cluster.check_exclusion(client, lock)
@@ -111,7 +115,10 @@ class Node:
 
 
 class Cluster:
-    """`size` daemons in one view. Without `judged` replicas may differ: for tests that make them differ."""
+    """`size` daemons in one view. Without `judged` replicas may differ: for tests that make them differ.
+
+    `listen` is told what happens, as lines for people.
+    """
 
     def __init__(self, size: int, *, max_payload: int = 1 << 16, stable: bool = True) -> None:
         self.group = MemoryGroup(max_payload=max_payload, stable=stable)
@@ -121,6 +128,7 @@ class Cluster:
         self.history = History(undo=not stable)
         self.installs: dict[int, tuple[Any, ...]] = {}
         self.judged = True
+        self.listen: Callable[[str], None] | None = None
         self.quorate = True
         self._life = 0
         for node in range(1, size + 1):
@@ -194,6 +202,8 @@ class Cluster:
     def applied(self, node: Node, entry: bytes) -> Any:
         """A replica applies an entry: by the rules, and with the outcome that it has for all (I3)."""
         machine = node.machine
+        if self.listen is not None:
+            self.listen(f"{node.member.name} applies {machine.applied + 1}: {unpack(entry)!r}")
         if not self.judged or node.separated:
             return node._really_apply(entry)
         if self.nobody_has_state():

@@ -39,6 +39,8 @@ RULES = {
     "recovery-order": "dlm.md 3.3, 6.9 I25",
     "left-over": "dlm.md 6.9 I27",
     "must-restart": "dlm.md 6.3",
+    "never-quiet": "dlm.md 6.9 I24",
+    "exception": "dlm.md 6.1",
 }
 """Rule name -> where it is written."""
 
