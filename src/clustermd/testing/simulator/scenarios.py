@@ -2,7 +2,7 @@
 
 Each is a plan for a number of nodes, and what is done to the formatted boxes before the first start:
 
-    death      writes and reads on all nodes, sweeps, and a node that dies with bits set: takeover, resync in several windows, join
+    death      writes and reads on all nodes, sweeps, a node that dies with bits set: takeover, resync, join
     stop       a clean stop in the middle of the resync that such a death asks for: BITMAP_NEEDS_SYNC
     degraded   one of three members fails; a stop then leaves bits, for the member that is away
     recovery   one member has a role and not yet its content: it is filled while everybody writes
@@ -51,7 +51,11 @@ def _work(plan: Plan, over_s: float, every_s: float) -> tuple[Step, ...]:
         place = {"region": region, "at": number * 24 % size, "sectors": 8}
         steps.append(Step(at_s, "write", place))
         if number % 3 == 0:
-            again = {"region": region, "at": number * 24 % size + 4, "sectors": 8}  # it overlaps, or is a neighbour
+            again = {
+                "region": region,
+                "at": number * 24 % size + 4,
+                "sectors": 8,
+            }  # it overlaps, or is a neighbour
             steps.append(Step(at_s, "write", again))
         if number % 2:
             steps.append(Step(at_s, "read", place | {"node": number // 2}))
@@ -137,7 +141,9 @@ def _two_pages(run: Run) -> None:
     after = BitmapGeometry(SMALL_CHUNK_BYTES, plan.array_sectors, plan.slots)
     for box in run.cluster.boxes:
         at = before.start_sector(8, 8, 0) * SECTOR
-        header = replace(BitmapSuperblock.from_bytes(bytes(box.data[at : at + 256])), chunksize=SMALL_CHUNK_BYTES)
+        header = replace(
+            BitmapSuperblock.from_bytes(bytes(box.data[at : at + 256])), chunksize=SMALL_CHUNK_BYTES
+        )
         for slot in range(plan.slots):
             at = after.start_sector(8, 8, slot) * SECTOR
             area = after.area_bytes(header)

@@ -1,0 +1,449 @@
+"""The systematic mode: a node is killed at every step of appendix D, then a second one in what that sets off.
+
+**First**, each scenario is played without a kill and every step that some node comes to is noted: which node, which
+point, the how many-eth time. **Second**, the same run is played again up to that very moment and the node dies.
+What is in flight then lands as told, not as drawn: nothing, everything, the first box's share, the others' share, in
+parts, or late. Where a step is "on some members", the node also dies a moment after its requests went out, so that each
+combination happens on purpose. Then all come back and the run is judged as any other. **Third**, in runs with a first
+kill, the steps of the recovery that it set off are where a second machine dies, or all of them.
+
+A `Story` names all of that in words that do not depend on a seed's luck; `play_story` plays one again. The report says how
+often a machine died at each step, and a step where none did is a failure of the mode itself.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from clustermd.testing.simulator.boxes import Io
+from clustermd.testing.simulator.dice import Dice
+from clustermd.testing.simulator.machine import Machine
+from clustermd.testing.simulator.run import Outcome, Run
+from clustermd.testing.simulator.scenarios import SCENARIOS
+from clustermd.testing.trace.events import Violation
+from clustermd.testing.trace.points import STEPS, Reached, Step
+
+FLIGHT_S = 0.00005
+"""Less than any request takes: a moment after a point, what went out there is on its way."""
+
+LANDINGS = ("none", "first", "others", "all", "torn", "late torn")
+"""What lands of what is in flight: by box, or the same fate for each request."""
+
+COMEBACKS = ((1.5, 0.05), (0.3, 0.002), (3.0, 0.4))
+"""(how long a machine is down, after how long that is noticed), in seconds, in turn."""
+
+SECOND_LATEST_S = 6.0
+SEED = 1
+
+
+def _any(fields: Any) -> bool:
+    return True
+
+
+MORE_STEPS = (
+    Step(
+        "6e",
+        ("resync.copied",),
+        "during the recovery of a member",
+        since=("resync.right", _any),
+        until=("resync.begin", "recovery.record"),
+    ),
+    Step(
+        "6f",
+        ("metadata.write",),
+        "between recovery_offset = Max and the final superblock",
+        since=("recovery.record", _any),
+        until=("metadata.acknowledged",),
+    ),
+    Step("J1", ("join.member",), "a joiner has its slot's number and no lock"),
+    Step("J2", ("join.armed",), "a joiner hears messages and answers none"),
+    Step("J3", ("join.slot",), "a joiner owns its slot's lock, its bitmap is not loaded"),
+    Step("J4", ("slot.stable",), "a joiner's own bitmap is loaded and valid on all members"),
+    Step("J5", ("join.gathered",), "a joiner has looked at all slots and serves nobody yet"),
+    Step("J6", ("cluster.lost",), "a survivor has heard of a death"),
+)
+"""What appendix D says of filling a member, and the steps of a join, which it does not number."""
+
+FLIGHTS = (
+    Step("1b", ("bitmap.flush",), "the bit of a write is on its way", lambda f: f["writes"] > 0),
+    Step("1d", ("write.issue",), "the data of a write is on its way"),
+    Step(
+        "2b",
+        ("bitmap.flush",),
+        "a page with cleared bits is on its way",
+        since=("sweep.cleared", lambda f: f["count"] > 0),
+        until=("sweep.done",),
+    ),
+    Step("3c", ("metadata.write",), "the superblocks are on their way"),
+    Step(
+        "4c",
+        ("bitmap.flush",),
+        "the own page with a dead node's bits is on its way",
+        since=("takeover.merged", _any),
+        until=("takeover.own_stable",),
+    ),
+    Step("4d", ("takeover.own_stable",), "the source's cleared page is on its way"),
+    Step("5c", ("resync.write",), "a copy is on its way"),
+)
+"""Where requests go out that make a step "on some members": the moment after is that step."""
+
+PARTLY = frozenset(step.id for step in FLIGHTS)
+PENDING = {
+    "6a": "add disk: after NEWDISK was acknowledged by some",
+    "6b": "add disk: after no-new-dev EX",
+    "6c": "add disk: before the superblock is written",
+    "6d": "add disk: after the superblock is written",
+    "8": "grow: between local resize, METADATA_UPDATED, size check, CHANGE_CAPACITY",
+}
+"""Steps of operations that do not exist yet, and those operations."""
+
+NOT_ALONE = frozenset(("3f", "4b", "4c", "4d", "4e", "4g", "7a", "7b", "J6"))
+"""A sole node has nobody to tell, and comes back to its own slot."""
+
+RECOVERY = tuple(step.id for step in (*STEPS, *MORE_STEPS) if step.id[0] in "345J")
+"""Where a second machine dies."""
+
+
+# --- stories -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """When `node` passes `point` for the `nth` time, `victims` die: there, or with `flight` a moment later."""
+
+    step: str
+    node: str
+    point: str
+    nth: int
+    victims: tuple[int, ...]
+    lands: str = "none"
+    flight: bool = False
+    down_s: float = 1.5
+    detect_s: float = 0.05
+
+    def __str__(self) -> str:
+        when = "a moment after" if self.flight else "at"
+        who = " and ".join(f"node{number}" for number in self.victims)
+        return (
+            f"{who} dies at step {self.step}, {when} {self.node}'s {self.point} number {self.nth};"
+            f" of what is in flight lands: {self.lands}; back after {self.down_s} s"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """A scenario, a number of nodes, and who dies where, one after the other."""
+
+    scenario: str
+    nodes: int
+    kills: tuple[Kill, ...] = ()
+
+    def __str__(self) -> str:
+        return "; then ".join((f"{self.scenario}, {self.nodes} nodes", *map(str, self.kills)))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Story:
+        """Raises TypeError for unknown or missing values."""
+        kills = tuple(Kill(**{**kill, "victims": tuple(kill["victims"])}) for kill in values.get("kills", ()))
+        return cls(values["scenario"], values["nodes"], kills)
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """A step that was passed: by whom, at which point, the how many-eth time, and after how many kills."""
+
+    step: str
+    node: str
+    point: str
+    nth: int
+    flight: bool
+    victims: tuple[tuple[int, ...], ...]
+    kills: int
+    time_s: float
+
+
+@dataclass(slots=True)
+class Told:
+    """What came of a story. `fired` are the kills that happened."""
+
+    story: Story
+    outcome: Outcome
+    passed: list[Passed]
+    fired: list[Kill]
+
+
+class _Teller:
+    """Listens to a run, notes the steps, and kills."""
+
+    def __init__(self, run: Run, story: Story) -> None:
+        self.run = run
+        self.passed: list[Passed] = []
+        self.fired: list[Kill] = []
+        self._left = list(story.kills)
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._steps = Reached((*STEPS, *MORE_STEPS))
+        self._flights = Reached(FLIGHTS)
+        self._sender = 0
+        self._heard = run.cluster.listener
+        run.cluster.listener = self._point
+
+    def _point(self, machine: Machine, name: str, fields: dict[str, Any]) -> None:
+        self._heard(machine, name, fields)
+        if not self.run.cluster.restarts:
+            return  # the stops at the end are not a part of it: nobody would start again
+        node = machine.name
+        nth = self._counts[node, name] = self._counts[node, name] + 1
+        if name == "send.written":
+            self._sender = machine.number
+        for step in self._steps.see(node, name, fields):
+            self._note(step, machine, name, nth, False)
+        for step in self._flights.see(node, name, fields):
+            self._note(step, machine, name, nth, True)
+        kill = self._left[0] if self._left else None
+        if kill is not None and (kill.node, kill.point, kill.nth) == (node, name, nth):
+            del self._left[0]
+            self.fired.append(kill)
+            if kill.flight:
+                self.run.later(FLIGHT_S, self._die, kill)
+            else:
+                self._die(kill)
+
+    def _note(self, step: Step, machine: Machine, name: str, nth: int, flight: bool) -> None:
+        mine = machine.number
+        victims: tuple[tuple[int, ...], ...] = ((mine,),)
+        if step.victim == "sender":
+            victims = ((self._sender,), (mine,), (self._sender, mine))
+        self.passed.append(
+            Passed(step.id, machine.name, name, nth, flight, victims, len(self.fired), self.run.loop.time())
+        )
+
+    def _die(self, kill: Kill) -> None:
+        run = self.run
+        first = run.cluster.boxes[0]
+
+        def landing(io: Io) -> str:
+            match kill.lands:
+                case "first":
+                    return "whole" if io.box is first else "none"
+                case "others":
+                    return "none" if io.box is first else "whole"
+                case "all":
+                    return "whole"
+                case other:
+                    return other
+
+        for number in kill.victims:
+            machine = run.cluster.machines[number]
+            if machine.array is not None and machine.array.process.alive:
+                machine.array.submitter.landing = landing
+            run.faults[f"crash at {kill.step}"] += 1
+            run.kill(machine, kill.detect_s)
+            self._steps.gone(machine.name)
+            self._flights.gone(machine.name)
+            run.later(kill.down_s, run.start, machine)
+
+
+def play_story(story: Story, *, keep_events: bool = False) -> Told:
+    """Play one story to its end. The same story gives the same run."""
+    scenario = SCENARIOS[story.scenario]
+    run = Run(scenario.plan(story.nodes), Dice(SEED), keep_events=keep_events)
+    scenario.prepare(run)
+    teller = _Teller(run, story)
+    outcome = run.play()
+    return Told(story, outcome, teller.passed, teller.fired)
+
+
+# --- which stories -------------------------------------------------------------------------------------------
+
+
+def _spread(passed: Sequence[Passed], count: int) -> Iterator[Passed]:
+    """`count` of them, from the first to the last."""
+    if count == 1 or len(passed) <= count:
+        yield from passed[:count]
+        return
+    for number in range(count):
+        yield passed[number * (len(passed) - 1) // (count - 1)]
+
+
+def _groups(passed: Iterable[Passed], *, by_node: bool) -> dict[tuple[Any, ...], list[Passed]]:
+    groups: dict[tuple[Any, ...], list[Passed]] = {}
+    for place in passed:
+        key = (place.step, place.point, place.flight, place.node if by_node else "")
+        groups.setdefault(key, []).append(place)
+    return groups
+
+
+def _kill(place: Passed, victims: tuple[int, ...], lands: str, turn: int) -> Kill:
+    down_s, detect_s = COMEBACKS[turn % len(COMEBACKS)]
+    return Kill(
+        place.step, place.node, place.point, place.nth, victims, lands, place.flight, down_s, detect_s
+    )
+
+
+def first_kills(passed: Sequence[Passed], occurrences: int) -> list[Kill]:
+    """A kill at every step, by every node that comes there, at so many of its occurrences, with each landing.
+
+    With one occurrence: by one node, and only with the landings that make the step what it is.
+    """
+    kills: list[Kill] = []
+    for group in _groups(passed, by_node=occurrences > 1).values():
+        for place in _spread(group, occurrences):
+            for victims in place.victims:
+                lands: tuple[str, ...] = LANDINGS
+                if place.step not in PARTLY:
+                    lands = (LANDINGS[len(kills) % len(LANDINGS)],)
+                elif occurrences == 1:
+                    lands = ("first", "others") if place.flight else ("none",)
+                kills += [_kill(place, victims, land, len(kills)) for land in lands]
+    return kills
+
+
+def second_kills(told: Told, occurrences: int, turn: int) -> list[Kill]:
+    """Kills at the steps of the recovery after the first one: of who passes them, of all, or of who was first again."""
+    story = told.story
+    since_s = [place.time_s for place in told.passed if place.kills]
+    after = [
+        place
+        for place in told.passed
+        if place.kills and place.step in RECOVERY and place.time_s < since_s[0] + SECOND_LATEST_S
+    ]
+    everybody = tuple(range(1, story.nodes + 1))
+    kills = []
+    for group in _groups(after, by_node=False).values():
+        for place in _spread(group[turn % len(group) :], occurrences):
+            for victims in (place.victims[turn % len(place.victims)], everybody):
+                turn += 1
+                kills.append(_kill(place, victims, LANDINGS[turn % len(LANDINGS)], turn))
+    return kills
+
+
+# --- the report ----------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Report:
+    """How often somebody died at each step, with how many nodes, and what broke."""
+
+    nodes: tuple[int, ...]
+    runs: int = 0
+    virtual_s: float = 0.0
+    firsts: Counter[tuple[int, str]] = field(default_factory=Counter)  # (nodes, step)
+    pairs: Counter[tuple[int, str, str]] = field(default_factory=Counter)  # (nodes, first step, second step)
+    seconds: Counter[tuple[int, str]] = field(default_factory=Counter)
+    all_died: int = 0
+    not_fired: list[Story] = field(default_factory=list)
+    violations: list[tuple[Story, Violation]] = field(default_factory=list)
+
+    def missing(self) -> list[str]:
+        """Steps of appendix D at which nobody died, with the number of nodes."""
+        found = []
+        for nodes in self.nodes:
+            for step in (*STEPS, *MORE_STEPS):
+                if nodes == 1 and step.id in NOT_ALONE:
+                    continue
+                if not self.firsts[nodes, step.id]:
+                    found.append(f"{step.id} with {nodes} nodes")
+                if nodes > 1 and step.id in RECOVERY and not self.seconds[nodes, step.id]:
+                    found.append(f"{step.id} with {nodes} nodes, as the second death")
+        return found
+
+    @property
+    def good(self) -> bool:
+        return not self.violations and not self.not_fired and not self.missing()
+
+    def add(self, told: Told) -> None:
+        self.runs += 1
+        outcome, story = told.outcome, told.story
+        self.virtual_s += outcome.virtual_s
+        if outcome.violation is not None:
+            self.violations.append((story, outcome.violation))
+        if len(told.fired) < len(story.kills):
+            self.not_fired.append(story)
+        fired = [kill.step for kill in told.fired]
+        if len(fired) == 1:
+            self.firsts[story.nodes, fired[0]] += 1
+        elif len(fired) > 1:
+            self.seconds[story.nodes, fired[1]] += 1
+            self.pairs[story.nodes, fired[0], fired[1]] += 1
+        self.all_died += sum(len(kill.victims) == story.nodes > 1 for kill in told.fired)
+
+    def text(self) -> str:
+        """The table for people."""
+        lines = [
+            f"{'step':5} {'deaths there with 1, 2, 3 nodes':>32} {'second deaths':>14}  what the step is"
+        ]
+        for step in (*STEPS, *MORE_STEPS):
+            counts = [
+                "-" if nodes == 1 and step.id in NOT_ALONE else str(self.firsts[nodes, step.id])
+                for nodes in self.nodes
+            ]
+            second = sum(self.seconds[nodes, step.id] for nodes in self.nodes) or ""
+            lines.append(f"{step.id:5} {'  '.join(counts):>32} {second:>14}  {step.sentence}")
+        lines += [f"{name:5} {'pending':>32} {'':>14}  {why}" for name, why in PENDING.items()]
+        lines.append(
+            f"{self.runs} runs, {self.virtual_s / 3600:.1f} virtual hours, {len(self.pairs)} kinds of pairs of deaths,"
+            f" {self.all_died} times all nodes died"
+        )
+        lines += [f"nobody died at {what}" for what in self.missing()]
+        lines += [f"a death did not come about: {story}" for story in self.not_fired]
+        lines += [f"{violation}\n    in: {story}" for story, violation in self.violations]
+        return "\n".join(lines)
+
+
+Progress = Callable[[int, int, int], None]
+"""runs made, runs known to be made (it grows), violations"""
+
+
+def crash_points(
+    nodes: Sequence[int] = (1, 2, 3),
+    *,
+    thorough: bool = True,
+    scenarios: Sequence[str] = tuple(SCENARIOS),
+    progress: Progress = lambda done, known, violations: None,
+) -> Report:
+    """Play the whole mode: thousands of runs, or with `thorough` off a sample that still reaches every step."""
+    report = Report(tuple(nodes))
+    known = 0
+    firsts: list[Story] = []
+    for count in nodes:
+        seen: set[tuple[Any, ...]] = set()
+        for name in scenarios:
+            quiet = play_story(Story(name, count))
+            report.add(quiet)
+            if quiet.outcome.violation is not None:
+                continue
+            passed = quiet.passed
+            if not thorough:
+                new = set(_groups(passed, by_node=False)) - seen
+                passed = [place for place in passed if (place.step, place.point, place.flight, "") in new]
+                seen |= new
+            kills = first_kills(passed, 3 if thorough else 1)
+            firsts += [Story(name, count, (kill,)) for kill in kills]
+    known = report.runs + len(firsts)
+    paired: Counter[tuple[Any, ...]] = Counter()
+    for number, story in enumerate(firsts):
+        told = play_story(story)
+        report.add(told)
+        progress(report.runs, known, len(report.violations))
+        if story.nodes == 1 or told.outcome.violation is not None or len(told.fired) != 1:
+            continue
+        kill = story.kills[0]
+        key = (story.nodes, story.scenario, kill.step) if thorough else (story.nodes, kill.step)
+        paired[key] += 1
+        if paired[key] > 1:
+            continue
+        seconds = second_kills(told, 1, number)
+        if not thorough:  # those that are the rarest so far
+            seconds.sort(key=lambda second: report.seconds[story.nodes, second.step])
+            del seconds[2:]
+        known += len(seconds)
+        for second in seconds:
+            report.add(play_story(replace(story, kills=(kill, second))))
+            progress(report.runs, known, len(report.violations))
+    return report
