@@ -14,14 +14,13 @@ from clustermd.array.member_io import Shared, transfer
 from clustermd.array.ranges import Ranges
 from clustermd.array.read import Reader
 from clustermd.array.repair import Repair
-from clustermd.array.request import Kind, Request
+from clustermd.array.request import Request
 from clustermd.array.resync import Resync
 from clustermd.array.sweep import Sweep
 from clustermd.array.write import WriteOp, Writer
 from clustermd.cluster.life import Life
-from clustermd.device.member_device import Gate, Op
+from clustermd.device.member_device import Gate, GateState, Op
 from clustermd.device.sweep import Sweep as DeviceSweep
-from clustermd.device.member_device import GateState
 from clustermd.testing.simulator.flaws import Flaw, Patch, flaw
 
 _start, _begin_write, _end_write = Writer.start, Bitmap.start_write, Bitmap.end_write
@@ -77,7 +76,9 @@ def _discard_at_once(self: Array, request: Request) -> None:
     answer = Answer()
     for member in self.state.writable:
         at = member.data_offset_bytes + request.offset_bytes
-        self.state.submitter.queue(member.device, Op.DISCARD, at, request.length_bytes, None, 0, answer, member.index)
+        self.state.submitter.queue(
+            member.device, Op.DISCARD, at, request.length_bytes, None, 0, answer, member.index
+        )
 
 
 def _bits_are_always_there(self: Bitmap, chunks: Any) -> bool:
@@ -227,7 +228,9 @@ def _ready_before_the_bits() -> tuple[Patch, ...]:
 
 FLAWS = (
     flaw("F7", "looks at the windows, waits, and does not look again", (Writer, "start", _look_first)),
-    flaw("F11", "repairs a read error without keeping other nodes out", (Repair, "_run", _repair_as_if_alone)),
+    flaw(
+        "F11", "repairs a read error without keeping other nodes out", (Repair, "_run", _repair_as_if_alone)
+    ),
     flaw("I1", "sends data before its bits are stable", (Bitmap, "start_write", _bits_are_always_there)),
     Flaw("I1b", "sends data together with its bits", _ready_before_the_bits),
     flaw("I2", "clears bits of chunks that are being written", (Bitmap, "begin_sweep", _all_in_use_is_ready)),
@@ -235,25 +238,51 @@ FLAWS = (
     flaw("I2c", "clears every bit", (Bitmap, "clear", _clear_whatever_runs)),
     flaw("rule 8", "moves its window while it copies", (Resync, "_steps", _fire_and_forget)),
     flaw("rule 9", "discards without range, window and bits", (Array, "_zero", _discard_at_once)),
-    flaw("rule 10", "settles while a node may be dead",
-         (Life, "all_settled", property(lambda self: not self.takeovers))),
+    flaw(
+        "rule 10",
+        "settles while a node may be dead",
+        (Life, "all_settled", property(lambda self: not self.takeovers)),
+    ),
     flaw("rule 10b", "reads any copy at any time", (Reader, "read_first", lambda self, lo, hi: False)),
     flaw("rule 12", "goes on writing after its membership is lost", (Gate, "shut", _never_shut)),
     flaw("rule 12b", "does not look at the gate", (DeviceSweep, "verdict", _no_verdict)),
-    flaw("rule 12c", "writes an old life's bits in the next one", (BitmapWriter, "kick", _kick_always),
-         (Array, "_drain", _keep_the_bitmap)),
+    flaw(
+        "rule 12c",
+        "writes an old life's bits in the next one",
+        (BitmapWriter, "kick", _kick_always),
+        (Array, "_drain", _keep_the_bitmap),
+    ),
     flaw("rule 15", "clears bits before the members were flushed", (Sweep, "flush_members", _no_flush)),
-    flaw("rule 15b", "counts chunks as copied before they are durable", (Resync, "_flush_touched", _no_flush)),
+    flaw(
+        "rule 15b", "counts chunks as copied before they are durable", (Resync, "_flush_touched", _no_flush)
+    ),
     Flaw("rule 15c", "writes bitmap pages without FUA", _pages_without_fua),
-    flaw("rule 16", "reads again into a buffer in which an old read may land", (Resync, "_read_source", _one_buffer)),
-    flaw("rule 16b", "gives a range back over a write that may still land", (Writer, "finish", _frees_its_range)),
-    flaw("rule 16c", "ends a window before all know that the target is out",
-         (Faults, "surely_recorded", _at_once)),
-    flaw("rule 17", "answers before the fault is recorded", (Faults, "settle", _answer_at_once),
-         (Faults, "recorded", _at_once)),
+    flaw(
+        "rule 16",
+        "reads again into a buffer in which an old read may land",
+        (Resync, "_read_source", _one_buffer),
+    ),
+    flaw(
+        "rule 16b",
+        "gives a range back over a write that may still land",
+        (Writer, "finish", _frees_its_range),
+    ),
+    flaw(
+        "rule 16c",
+        "ends a window before all know that the target is out",
+        (Faults, "surely_recorded", _at_once),
+    ),
+    flaw(
+        "rule 17",
+        "answers before the fault is recorded",
+        (Faults, "settle", _answer_at_once),
+        (Faults, "recorded", _at_once),
+    ),
     flaw("rule 17b", "takes a failed write for a good one", (Writer, "done", _ignore_failures)),
     flaw("rule 17c", "answers a write when one member has it", (WriteOp, "io_done", _answer_after_the_first)),
-    flaw("rule 18", "lets overlapping writes overtake one another", (Ranges, "overlapping", _nobody_before_us)),
+    flaw(
+        "rule 18", "lets overlapping writes overtake one another", (Ranges, "overlapping", _nobody_before_us)
+    ),
     flaw("rule 19", "flushes one member only", (Array, "_flush", _flush_the_first_only)),
     flaw("rule 19b", "answers a flush at once", (Array, "_flush", _flush_none)),
 )

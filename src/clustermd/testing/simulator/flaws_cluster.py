@@ -167,7 +167,9 @@ FLAWS = (
     flaw("F17", "keeps the way to send after a refused token", (Channel, "token", _keeps_the_way)),
     flaw("F18", "writes superblocks without the token", (Cluster, "metadata_update", _anyway)),
     flaw("F19", "adopts nothing after a node died between writing and telling", (Life, "_adopt", _no_reload)),
-    flaw("F20", "takes an answer to an older message for this one's", (Channel, "_answers", _any_good_answer)),
+    flaw(
+        "F20", "takes an answer to an older message for this one's", (Channel, "_answers", _any_good_answer)
+    ),
     flaw("F20b", "processes a message as often as it is woken", (Channel, "_last_sequence", _never)),
     flaw("F21", "serves although a slot's window could not be read", (Life, "_gather", _gather_or_not)),
     flaw("F34", "ends a window without waking who waits", (Windows, "end", _end_silently)),

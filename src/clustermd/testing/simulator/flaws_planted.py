@@ -143,11 +143,18 @@ def _half_a_write() -> tuple[Patch, ...]:
 
 
 FLAWS = (
-    flaw("dlm grants", "grants PW and EX against each other", (resource_module, "COMPATIBLE", _TOO_COMPATIBLE)),
+    flaw(
+        "dlm grants", "grants PW and EX against each other", (resource_module, "COMPATIBLE", _TOO_COMPATIBLE)
+    ),
     flaw("dlm value block", "loses value blocks", (Resource, "_write_lvb", _write_no_block)),
     flaw("dlm slots", "gives a zombie's slot away", (Space, "free_slot", _first_slot)),
     flaw("dlm fencing", "takes who is lost for dead", (Engine, "lose_sessions", _purge_when_lost)),
-    flaw("dlm leave", "keeps who left", (Engine, "leave", _keep_its_locks), (Engine, "end_sessions", lambda *args, **how: None)),
+    flaw(
+        "dlm leave",
+        "keeps who left",
+        (Engine, "leave", _keep_its_locks),
+        (Engine, "end_sessions", lambda *args, **how: None),
+    ),
     flaw("a task", "leaves a task behind", (Array, "stop", _leave_a_task)),
     flaw("a buffer", "keeps a buffer", (Shared, "drop", _keep_the_buffer)),
     flaw("an exception", "raises where nobody expects it", (Sweep, "once", _slip)),

@@ -164,22 +164,44 @@ async def _do_not_wait_for_the_lock(self: Any, slot: int) -> None:
 
 FLAWS = (
     flaw("F1", "merges other slots before the own bits are loaded", (Life, "join", _join_and_gather_first)),
-    flaw("F2", "takes a slot with only chunk 0 dirty for a clean one", (Slots, "merge", _nothing_below_chunk_1)),
-    flaw("F3", "takes chunk 0 for no chunk when reads are balanced", (Reader, "read_first", _balanced_below_lo)),
-    flaw("F4", "clears the source bitmap before its own is stable", (Slots, "merge", _clear_the_source_first)),
+    flaw(
+        "F2", "takes a slot with only chunk 0 dirty for a clean one", (Slots, "merge", _nothing_below_chunk_1)
+    ),
+    flaw(
+        "F3", "takes chunk 0 for no chunk when reads are balanced", (Reader, "read_first", _balanced_below_lo)
+    ),
+    flaw(
+        "F4", "clears the source bitmap before its own is stable", (Slots, "merge", _clear_the_source_first)
+    ),
     flaw("F5", "gives a takeover up that failed", (Life, "_insist", _give_up_at_once)),
     flaw("F13", "merges the bitmap of a living node", (life_module, "try_vacant", _everything_is_vacant)),
     flaw("F27", "marks chunks in memory without bits on disk", (Bitmap, "mark", _in_memory_only)),
     flaw("F30", "believes a bitmap that is not valid", (Slots, "_join", _believe)),
-    flaw("F33", "balances reads before the dead node's bits are merged", (Array, "set_unsettled", _balance_at_once)),
-    flaw("F33b", "balances reads when bits are merged but not copied", (Slots, "merge", _merge_and_balance),
-         (Reader, "read_first", lambda self, lo, hi: not self.state.settled)),
+    flaw(
+        "F33",
+        "balances reads before the dead node's bits are merged",
+        (Array, "set_unsettled", _balance_at_once),
+    ),
+    flaw(
+        "F33b",
+        "balances reads when bits are merged but not copied",
+        (Slots, "merge", _merge_and_balance),
+        (Reader, "read_first", lambda self, lo, hi: not self.state.settled),
+    ),
     flaw("F35", "leaves with bits and says nothing", (Life, "leave", _leave_without_a_word)),
     flaw("F36", "leaves the source as it is for others to take again", (Slots, "merge", _leave_the_source)),
-    flaw("F39", "takes over before the own bitmap is loaded", (Life, "join", _ready_at_once),
-         (Slots, "merge", _into_what_is_there)),
+    flaw(
+        "F39",
+        "takes over before the own bitmap is loaded",
+        (Life, "join", _ready_at_once),
+        (Slots, "merge", _into_what_is_there),
+    ),
     flaw("rule 1", "serves before vacant slots are merged", (Life, "_gather", _gather_nothing)),
-    flaw("rule 4", "ends a dead node's window before its bits are merged", (Life, "recover_slot", _end_the_window_at_once)),
+    flaw(
+        "rule 4",
+        "ends a dead node's window before its bits are merged",
+        (Life, "recover_slot", _end_the_window_at_once),
+    ),
     flaw("rule 6 slots", "takes a slot over without its lock", (Life, "_merge", _do_not_wait_for_the_lock)),
     flaw("rule 13", "repairs only after its users wrote", (Resync, "work", _auto_read_only)),
 )

@@ -2,8 +2,10 @@
 
     start      all nodes start and serve
     play       clients and faults, by the plan's times
-    mend       every fault is taken back: machines start, partitions heal, what is stuck goes on
-    settle     everything must come to rest in bounded virtual time: requests answered, copies equal, bits clear
+    mend       every fault is taken back: partitions heal, what is stuck goes on
+    survivors  in every other run, those that live come to rest alone: nobody who joins does their work
+    settle     machines start, and all must come to rest in bounded virtual time: requests answered, copies equal, bits
+               clear, nodes and disks of one opinion
     stop       all arrays stop in order; nothing may be left: locks, windows, buffers, tasks
     look       every sector of every member that counts is compared with the model
 
@@ -31,8 +33,8 @@ from clustermd.testing.simulator.machine import ArrayProcess, Machine
 from clustermd.testing.simulator.model import Model, ModelBroken, Write
 from clustermd.testing.simulator.plan import Plan
 from clustermd.testing.simulator.workload import Clients
-from clustermd.testing.trace.judge import Judge
 from clustermd.testing.trace.events import Event, Layer, Violation
+from clustermd.testing.trace.judge import Judge
 
 START_BOUND_S = 60.0
 SETTLE_BOUND_S = 240.0
@@ -101,6 +103,7 @@ class Run:
         self._deaths: list[Death] = []
         self._deadly: list[tuple[str, list[int], float, float]] = []
         self._playing = False
+        self._starting = True
         self._log = _LogWatch(self)
         self.judge = Judge()
 
@@ -219,16 +222,20 @@ class Run:
     def kill(self, machine: Machine, detect_s: float) -> None:
         self.cluster.kill(machine, detect_s)
 
+    def _may_start(self, machine: Machine) -> bool:
+        array = machine.array
+        return self.cluster.restarts and (self._starting or (array is not None and array.process.alive))
+
     def start(self, machine: Machine) -> None:
-        if not machine.paused and self.cluster.restarts:
+        if not machine.paused and self._may_start(machine):
             self.cluster.start(machine)
 
     def start_array(self, machine: Machine) -> None:
-        if machine.up and not machine.paused and self.cluster.restarts:
+        if machine.up and not machine.paused and self._may_start(machine):
             self.cluster.start_array(machine)
 
     def start_lockd(self, machine: Machine) -> None:
-        if not machine.paused and self.cluster.restarts:
+        if not machine.paused and self._may_start(machine):
             self.cluster.start_lockd(machine)
 
     def die_at(self, point: str, skip: int, down_s: float, detect_s: float) -> None:
@@ -353,6 +360,9 @@ class Run:
         self._until(lambda: all(machine.serving for machine in machines), START_BOUND_S, "the first start")
         self._play_steps()
         self._mend()
+        self._rest_of_survivors()
+        for machine in machines:
+            self.start(machine)
         self._until(self._at_rest, SETTLE_BOUND_S, "coming to rest")
         self._check_rest()
         self._stop_all()
@@ -398,15 +408,33 @@ class Run:
                     path.lost_path = False
                     path.troubles.clear()
                     array.submitter.release(path)
-            self.start(machine)
+
+    def _rest_of_survivors(self) -> None:
+        """What a death or a stop leaves is the business of those that stay, whether anybody comes back or not."""
+        machines = self.cluster.machines.values()
+        alive = [machine for machine in machines if machine.array is not None and machine.array.process.alive]
+        self._starting = False
+        for machine in alive:
+            self.cluster.start_lockd(machine)
+        votes = sum(machine.up for machine in machines)
+        if (
+            alive
+            and self.dice.stream("mend").below(2)
+            and (self.plan.durable or votes >= self.cluster.group.majority)
+        ):
+            self._until(lambda: self._at_rest(alone=True), SETTLE_BOUND_S, "the survivors' coming to rest")
+            self._check_rest()
+        self._starting = True
 
     # --- rest ---------------------------------------------------------------------------------------------
 
-    def _at_rest(self) -> bool:
+    def _at_rest(self, *, alone: bool = False) -> bool:
         if self.clients.pending or self._deaths:
             return False
         for machine in self.cluster.machines.values():
             array = machine.array
+            if alone and (array is None or not array.process.alive):
+                continue
             if array is None or array.array is None or not machine.serving:
                 return False
             state = array.array.state
@@ -432,8 +460,26 @@ class Run:
             )
         for place in self.watch.in_sync:
             self.model.check_disk(f"box{place} at rest", self.watch.data_of(place))
+        self._check_nodes()
         if self.violation is not None:
             raise Broken
+
+    def _check_nodes(self) -> None:
+        """What all nodes hold true stands on the disks, and no bit waits for an owner."""
+        owned = set()
+        good = sorted(self.cluster.boxes[place].name for place in self.watch.in_sync)
+        for machine in self.cluster.machines.values():
+            if machine.array is None or machine.array.array is None or not machine.serving:
+                continue
+            state = machine.array.array.state
+            owned.add(state.slot)
+            counted = sorted(member.path for member in state.in_sync)
+            if counted != good:
+                words = f"{machine.name} counts {counted} as in sync, the superblocks {good}"
+                self.broken("roles-differ", "I11", Layer.CLUSTER, words, machine.name)
+        if left := sorted(set(self.watch.bits_left()) - owned):
+            words = f"slots {left} have bits, and nobody who lives owns them"
+            self.broken("bits-of-nobody", "I19", Layer.CLUSTER, words, "")
 
     def _stop_all(self) -> None:
         self.cluster.restarts = False
