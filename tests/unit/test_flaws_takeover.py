@@ -105,7 +105,7 @@ async def join_and_gather_first(self: Life, name: str) -> None:
     """As Linux: the pages of the own slot are still blank while other slots' bits are put into them."""
     array: Any = self.array
     self._lockspace = await self.link.join(name, self, array.nodes)
-    self.channel = Channel(self._lockspace, self.trace, self._handle)
+    self.channel = Channel(self._lockspace, self.trace, self._handle, array.awaits_all, array.followed)
     self._joined = True
     await self.channel.open(array.prepare_join)
     self._own = await OwnSlot.claim(self._lockspace, self.slot)

@@ -88,6 +88,7 @@ class Array:
         self.bitmap_writer = BitmapWriter(state, self.faults.fail)
         self.metadata = Metadata(state, coordinator, self.bitmap_writer, self.faults.fail)
         self.metadata.unrecorded = self.faults.publish_soon
+        self.metadata.known_to_all = self.faults.known_to_all
         self.slots = Slots(state, self.bitmap_writer, assembly.template, self.faults.fail)
         self.writer = Writer(state, self.bitmap_writer, self.faults.settle)
         self.activity = Activity(state, self.metadata, lambda: bool(self.writer.in_flight), self._redispatch)
@@ -440,6 +441,15 @@ class Array:
     async def reload(self) -> None:
         await self.metadata.reload()
         self._members_changed()
+
+    def awaits_all(self) -> bool:
+        return self.state.unpublished
+
+    def followed(self, by_all: bool) -> None:
+        if by_all:
+            self.faults.known_to_all()
+        else:
+            self.faults.publish_soon()
 
     def working_number(self) -> int:
         return self.state.in_sync[0].number

@@ -37,6 +37,12 @@ class ArraySide(Protocol):
     async def reload(self) -> None:
         """Read the superblocks again and adopt the newest. Raises Refused if that is not possible."""
 
+    def awaits_all(self) -> bool:
+        """Whether something here waits until all nodes have followed what was announced."""
+
+    def followed(self, by_all: bool) -> None:
+        """An announced superblock that this node reloaded was followed `by_all` nodes, or nobody knows by whom."""
+
     def working_number(self) -> int:
         """The device number of the first member whose superblock is good (`raid_slot` in METADATA_UPDATED)."""
 

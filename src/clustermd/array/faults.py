@@ -1,5 +1,8 @@
 """Members that fail: out at once in memory, on the surviving disks next, and only then writes are answered.
 
+The same holds for a fault that another node found: who has followed it already writes without that member, but its
+answers wait until all have followed (`known_to_all`), else somebody could still read the stale copy.
+
 A write that missed a member may be answered only after that fault is on the surviving disks and every live
 node has acknowledged it (rule 17, I11): otherwise another node could read, or copy, the stale one. The last
 good member is never failed; its error goes to the client. Faults of one moment are published together.
@@ -92,9 +95,6 @@ class Faults:
                 state.log.exception("a failed member could not be recorded, unexpectedly")
                 await asyncio.sleep(RETRY_S)
                 continue
-            if all(member.fault_recorded for member in state.members if member.faulty):
-                state.unpublished = False
-                state.trace.point("member.fault_recorded")
         self._release(0)
 
     def settle(self, op: WriteOp) -> None:
@@ -158,6 +158,14 @@ class Faults:
         """I/O goes on: faults that were not recorded are published again."""
         self._over = False
         self.publish_soon()
+
+    def known_to_all(self) -> None:
+        """Every node has followed the superblocks as they are: what waited for that is answered."""
+        state = self.state
+        if state.unpublished and all(member.fault_recorded for member in state.members if member.faulty):
+            state.unpublished = False
+            state.trace.point("member.fault_recorded")
+            self._release(0)
 
     def publish_soon(self) -> None:
         if self.state.unpublished:

@@ -45,7 +45,8 @@ class Metadata:
         fail: Callable[[int, str], object],
     ) -> None:
         self.state = state
-        self.unrecorded: Callable[[], None] = lambda: None
+        self.unrecorded: Callable[[], None] = lambda: None  # a fault is to be published, if there is one
+        self.known_to_all: Callable[[], None] = lambda: None  # every node has followed what is recorded now
         self.coordinator = coordinator
         self.bitmap_writer = bitmap_writer
         self._fail = fail
@@ -57,15 +58,21 @@ class Metadata:
 
         Raises ClusterLost, LockRefused or Refused; what was written stays, and the caller tries again.
         """
-        async with self._one, self.coordinator.metadata_update():
-            self.state.trace.point("metadata.token")
-            await self.reload(ours=True)
-            if change is not None:
-                change()
-                self.state.refresh()
-            await self._write()
-            self.state.trace.point("metadata.written", events=self.state.events, faulty=self._faulty())
-        self.state.trace.point("metadata.acknowledged", events=self.state.events)
+        state = self.state
+        try:
+            async with self._one, self.coordinator.metadata_update():
+                state.trace.point("metadata.token")
+                await self.reload(ours=True)
+                if change is not None:
+                    change()
+                    state.refresh()
+                await self._write()
+                state.trace.point("metadata.written", events=state.events, faulty=self._faulty())
+        except (Refused, OSError):
+            self.unrecorded()  # what was adopted here may be known to nobody else
+            raise
+        state.trace.point("metadata.acknowledged", events=state.events)
+        self.known_to_all()
 
     def _faulty(self) -> list[int]:
         """Device numbers that the superblocks call faulty, for the trace."""
@@ -155,6 +162,7 @@ class Metadata:
             elif role == ROLE_FAULTY:
                 self._drop(member, "another node recorded it as faulty")
                 member.fault_recorded = True
+                state.unpublished = not state.read_only  # until it is certain that all know it, as we do now
             else:
                 member.adopt(own, role if role < ROLE_LIMIT else None)
         state.refresh()

@@ -43,21 +43,31 @@ ACK_S = 30.0
 
 
 class Channel:
-    """The channel of one life. `handle(message)` processes one and returns 0 or an errno."""
+    """The channel of one life. `handle(message)` processes one and returns 0 or an errno.
+
+    While `awaits_all()` a receiver wants to know whether all others have followed too: `followed(by_all)` tells it."""
 
     def __init__(
-        self, lockspace: Lockspace, trace: Trace, handle: Callable[[Message], Awaitable[int]]
+        self,
+        lockspace: Lockspace,
+        trace: Trace,
+        handle: Callable[[Message], Awaitable[int]],
+        awaits_all: Callable[[], bool] = lambda: False,
+        followed: Callable[[bool], None] = lambda by_all: None,
     ) -> None:
         self.lockspace = lockspace
         self.trace = trace
         self.sent = 0
         self.log = logging.getLogger("clustermd.cluster")
         self._handle = handle
+        self._awaits_all = awaits_all
+        self._followed = followed
         self._sending = asyncio.Lock()
         self.receiving = asyncio.Lock()
         self._asked = asyncio.Event()
         self._own: OwnSlot | None = None
         self._last_sequence = 0
+        self._sender = -1  # of the message that was processed last
         self._task: asyncio.Task[None] | None = None
         self._message: Lock
         self._token: Lock
@@ -159,15 +169,15 @@ class Channel:
                 f"(`clustermd locks` shows who holds {lock.name})",
             ) from None
 
-    async def _answers(self, message: Message) -> None:
-        """Every living member has answered this very message with 0, or raise."""
+    async def _tally(self, sequence: int, sender: int) -> tuple[list[str], dict[str, int]]:
+        """Who of all but us and the sender has not answered message `sequence`, and who has failed to follow it."""
         missing: list[str] = []
         failed: dict[str, int] = {}
         for member in self.lockspace.slots:
-            if member.slot == self.lockspace.our_slot:
+            if member.slot == self.lockspace.our_slot or member.slot - 1 == sender:
                 continue
             block = await read_block(self.lockspace, member.slot - 1)
-            if block.sequence != message.sequence:
+            if block.sequence != sequence:
                 vacant = await try_vacant(self.lockspace, member.slot - 1, Mode.PR)
                 if vacant is not None:
                     await vacant.unlock()  # it is still joining, or dead: nobody owns that slot
@@ -175,6 +185,11 @@ class Channel:
                     missing.append(member.name)
             elif block.result:
                 failed[member.name] = block.result
+        return missing, failed
+
+    async def _answers(self, message: Message) -> None:
+        """Every living member has answered this very message with 0, or raise."""
+        missing, failed = await self._tally(message.sequence, self.slot)
         if missing:
             raise LockRefused(
                 "not-acknowledged",
@@ -241,6 +256,10 @@ class Channel:
         self.trace.point("recv.processed", sequence=sequence, result=result)
         await self._ack.convert(Mode.NL)
         await self._message.convert(Mode.PR)
+        if self._awaits_all():
+            # It has let go, but maybe because it died or gave up: the answers tell.
+            missing, failed = await self._tally(sequence, self._sender)
+            self._followed(not missing and not failed)
         await self._ack.convert(Mode.CR)
         await self._message.convert(Mode.NL)
         self.trace.point("recv.done", sequence=sequence)

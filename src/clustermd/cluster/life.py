@@ -91,7 +91,7 @@ class Life:
     async def join(self, name: str) -> None:
         array = self.array
         self._lockspace = await self.link.join(name, self, array.nodes)
-        self.channel = Channel(self._lockspace, self.trace, self._handle)
+        self.channel = Channel(self._lockspace, self.trace, self._handle, array.awaits_all, array.followed)
         self._joined = True
         self.trace.point("join.member", slot=self.slot, nodes=array.nodes)
         await self.channel.open(array.prepare_join)
@@ -295,6 +295,7 @@ class Life:
     async def _reload_again(self) -> None:
         async with self.channel.receiving:  # not in the middle of an update of ours
             await self.array.reload()
+        self.array.followed(False)
         self.array.trust()
 
     # --- recovery events (LockspaceEvents) ----------------------------------------------------------------
