@@ -176,17 +176,19 @@ def two_nodes(cluster: LocalCluster, *options: str) -> tuple[Node, Node]:
     return one, two
 
 
-def write_a_while(node: Node, first: int) -> None:
-    load = Load(node, 1, first, first + 4096)
-    load.start("--rate", "200", "--depth", "4", "--hot-blocks", "1024")
-    load.wait_for_records(load.records + 300)
+def write_a_while(node: Node, records: int = 300) -> None:
+    """Everywhere in the array, so that what moves through it is met."""
+    blocks = 60 * MIB // 4096
+    load = Load(node, 1, 0, blocks)
+    load.start("--rate", "400", "--depth", "4", "--hot-blocks", str(blocks))
+    load.wait_for_records(load.records + records)
     load.stop()
 
 
 def test_a_lock_manager_that_grants_too_much_is_found_out() -> None:
     with run_with("locks") as cluster:
         one, _ = two_nodes(cluster, "--assume-clean")
-        write_a_while(one, 0)
+        write_a_while(one)
         first = verdict_on(cluster)
     assert (first["rule"], first["layer"]) == ("incompatible-grant", "lock manager"), first
     assert "bitmap0000" in first["message"]
@@ -198,7 +200,7 @@ def test_an_array_that_writes_in_windows_is_found_out() -> None:
         one.rundir.node_dir.mkdir(parents=True, exist_ok=True)
         (one.rundir.node_dir / "speed_limit_max").write_text("4000\n")
         _, two = two_nodes(cluster)
-        write_a_while(two, 0)
+        write_a_while(two, 2000)
         first = verdict_on(cluster)
     assert (first["rule"], first["layer"]) == ("write-in-foreign-window", "array"), first
 
@@ -206,6 +208,6 @@ def test_an_array_that_writes_in_windows_is_found_out() -> None:
 def test_an_array_that_does_not_wait_for_bits_is_found_out() -> None:
     with run_with("bits") as cluster:
         one, _ = two_nodes(cluster, "--assume-clean")
-        write_a_while(one, 0)
+        write_a_while(one)
         first = verdict_on(cluster)
     assert (first["rule"], first["layer"]) == ("data-before-bit", "array"), first

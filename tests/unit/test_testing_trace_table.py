@@ -47,6 +47,11 @@ def test_long_lists_are_shortened() -> None:
     assert words(event) == "slot.loaded slot 0 dirty 100 chunks 0 1 2 3 4 5 6 7 ... (100)"
 
 
+def test_long_texts_and_bytes_are_shortened() -> None:
+    s = Story().say("one", "gate.shut", reason="word " * 100).say("one", "dlm.apply", entry=bytes(500))
+    assert max(len(words(event)) for event in s.events) < 100
+
+
 def test_a_cut_keeps_what_is_about_the_same_thing_however_long_ago() -> None:
     s = Story().pair().granted("one", "token", "EX").begins("one", 0, 8, 0).begins("one", 64, 72, 1)
     begin = len(s.events) - 3

@@ -22,6 +22,7 @@ LAST_OF_EACH = 6
 MOST_ROWS = 48
 _NARROWEST = 18
 _SHOWN_ITEMS = 8
+_LONGEST = 72
 _QUIET = ("space", "block", "boot", "pages")
 """Fields that say nothing to a reader of a table."""
 
@@ -70,7 +71,11 @@ def _value(value: object) -> str:
         return f"{shown} ... ({len(value)})" if len(value) > _SHOWN_ITEMS else shown or "none"
     if isinstance(value, dict):
         return " ".join(f"{key}:{item}" for key, item in list(value.items())[:_SHOWN_ITEMS])
-    return str(value)
+    return (
+        textwrap.shorten(str(value), _LONGEST, placeholder=" ...")
+        if isinstance(value, str)
+        else str(value)[:_LONGEST]
+    )
 
 
 def table(events: Sequence[Event], marked: Iterable[int] = (), width: int = WIDTH) -> str:

@@ -18,8 +18,9 @@ _WHOSE = {
 
 def verdict(violation: Violation, events: Sequence[Event], width: int = WIDTH) -> str:
     """The text for people: rule, spec, layer, message, and a table of what matters."""
+    where = f" on {violation.node}" if violation.node else ""
     lines = [
-        f"{violation.rule} ({violation.spec}) is broken on {violation.node} at {violation.time_s:.6f} s",
+        f"{violation.rule} ({violation.spec}) is broken{where} at {violation.time_s:.6f} s",
         f"  {violation.message}",
         f"  at fault: {_WHOSE[violation.layer]}",
         "",
