@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clustermd.dlm.effects import Effect, SessionKey
-from clustermd.dlm.machine import Machine
+from clustermd.dlm.machine import Machine, chain_after
 from clustermd.dlm.wire import Frame, effect_frame
 from clustermd.testing.locks.invariants import Checker
 from clustermd.testing.locks.rules import LockRuleBroken
@@ -72,6 +72,13 @@ class History:
         for effect in effects:
             self.frames.setdefault(effect.session, []).append(effect_frame(effect))
         return effects
+
+    def differs(self, machine: Machine, entry: bytes) -> bool:
+        """Whether another entry is known in the place where a replica is about to apply this one."""
+        number = machine.applied
+        return (
+            number < len(self.entries) and chain_after(machine.chain, [entry]) != self.entries[number].chain
+        )
 
     def roll_back(self, applied: int) -> None:
         """Entries after number `applied` never happened."""

@@ -41,7 +41,6 @@ class Node:
         self.restart = ""
         self.separated = False
         self._frozen = True
-        self._epoch = 0
         trace = Trace()
         trace.listen(self._traced)
         self.replica = Replica(self, trace)
@@ -64,13 +63,8 @@ class Node:
             self._frozen = True
         elif name == "dlm.install":
             self._frozen = False
-            epoch, members = fields["epoch"], fields["members"]
-            if self.cluster.nobody_has_state():
-                self.cluster.installs.clear()
-                self._epoch = 0  # an install that it never had the state of was none
-            if epoch <= self._epoch or self.cluster.installs.setdefault(epoch, members) != members:
-                raise LockRuleBroken("epoch-not-new", f"{self.member.name} installs epoch {epoch}: {members}")
-            self._epoch = epoch
+            if self in self.cluster.apart or fields["epoch"] <= self.machine.epoch:
+                raise LockRuleBroken("epoch-not-new", f"{self.member.name} installs {fields}")
 
     def client(self, label: str = "test") -> Client:
         number = self.replica.open_session(label, 1000 + self.member.node)
@@ -126,7 +120,6 @@ class Cluster:
         self.gone: list[Node] = []
         self.apart: list[Node] = []
         self.history = History(undo=not stable)
-        self.installs: dict[int, tuple[Any, ...]] = {}
         self.judged = True
         self.listen: Callable[[str], None] | None = None
         self.quorate = True
@@ -160,7 +153,6 @@ class Cluster:
         for client in node.clients.values():
             client.lost = True
         self.group.lose(node.member, reason, quorate=self.quorate)
-        self._forget_lost_entries()
 
     def cut(self, node: Node, own: int = 0) -> None:
         """A daemon is cut off from the others, and lives on; `MemoryGroup.cut`."""
@@ -170,7 +162,6 @@ class Cluster:
         for client in node.clients.values():
             client.judged = False  # what it hears from now on may never have happened for the others
         self.group.cut(node.member, own, quorate=self.quorate)
-        self._forget_lost_entries()
 
     def heal(self, node: Node) -> None:
         """It meets the others again, and must start anew. To lose all of them before it does would lose the state."""
@@ -186,17 +177,6 @@ class Cluster:
         (self.apart if node in self.apart else self.gone).remove(node)
         self.group.fence(node.member)
 
-    def _forget_lost_entries(self) -> None:
-        """What only lost members have applied never happened; whoever gets to know of it applies it anew."""
-        if self.group.stable:
-            return
-        living = [node for node in self.nodes.values() if not node.separated]
-        applied = max((node.machine.applied for node in living), default=0)
-        if applied < len(self.history.entries):
-            self.history.roll_back(applied)
-        epoch = max((node._epoch for node in living), default=0)
-        self.installs = {known: members for known, members in self.installs.items() if known <= epoch}
-
     # ---- what must hold
 
     def applied(self, node: Node, entry: bytes) -> Any:
@@ -208,6 +188,10 @@ class Cluster:
             return node._really_apply(entry)
         if self.nobody_has_state():
             self.history.clear()  # another one begins
+        if not self.group.stable and self.history.differs(machine, entry):
+            living = [other for other in self.nodes.values() if not other.separated]
+            if all(other.machine.applied <= machine.applied for other in living):
+                self.history.roll_back(machine.applied)  # all who applied what is known are lost
         return self.history.apply(node.member.name, machine, node._really_apply, entry)
 
     def nobody_has_state(self) -> bool:

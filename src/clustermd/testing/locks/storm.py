@@ -15,7 +15,8 @@ the drawing has changed. A step whose subject is not there does nothing, so step
     ["busy", node, limit]                                            the group takes so many messages of it
 
 What keeps a storm survivable: someone always lives; what was shown because it was stable is not lost with all who knew
-it; nobody dies while a node that was cut off is back and has not started anew.
+it; a node that was cut off comes back only to those who have gone on without it, and nobody dies while it has not
+started anew.
 In the end everything is mended, fenced, released and ended, and nothing may be left.
 """
 
@@ -360,6 +361,11 @@ class Storm:
             return False
         elif any(member.node == node.member.node for member in cluster.nodes):
             return False  # its node has begun another life
+        elif not all(
+            other.replica.installed and _member_key(node) not in other.machine.members
+            for other in cluster.nodes.values()
+        ):
+            return False  # nobody could tell it that they went on without it
         else:
             while cluster.group.deliver_alone(node.port):
                 pass
@@ -507,6 +513,10 @@ def _operation(client: Client, word: str, args: list[Any]) -> bool:
         mode, flags, value = rest
         client.send("convert", lock, mode, flags, _value(value))
     return True
+
+
+def _member_key(node: Node) -> tuple[int, int]:
+    return node.member.node, node.member.incarnation
 
 
 def _value(number: int) -> bytes:
