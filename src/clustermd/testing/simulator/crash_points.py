@@ -1,14 +1,14 @@
 """The systematic mode: a node is killed at every step of appendix D, then a second one in what that sets off.
 
 **First**, each scenario is played without a kill and every step that some node comes to is noted: which node, which
-point, the how many-eth time. **Second**, the same run is played again up to that very moment and the node dies.
+point, the how many-eth time. **Second**, the run is played again up to that very moment and the node dies.
 What is in flight then lands as told, not as drawn: nothing, everything, the first box's share, the others' share, in
 parts, or late. Where a step is "on some members", the node also dies a moment after its requests went out, so that each
 combination happens on purpose. Then all come back and the run is judged as any other. **Third**, in runs with a first
 kill, the steps of the recovery that it set off are where a second machine dies, or all of them.
 
-A `Story` names all of that in words that do not depend on a seed's luck; `play_story` plays one again. The report says how
-often a machine died at each step, and a step where none did is a failure of the mode itself.
+A `Story` names all of that, and `play_story` plays one again. The report says how often a machine died at each step;
+a step where none did is a failure of the mode itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from clustermd.testing.simulator.boxes import Io
+from clustermd.testing.simulator.boxes import Box, Io
 from clustermd.testing.simulator.dice import Dice
 from clustermd.testing.simulator.machine import Machine
 from clustermd.testing.simulator.run import Outcome, Run
@@ -30,7 +30,8 @@ FLIGHT_S = 0.00005
 """Less than any request takes: a moment after a point, what went out there is on its way."""
 
 LANDINGS = ("none", "first", "others", "all", "torn", "late torn")
-"""What lands of what is in flight: by box, or the same fate for each request."""
+"""What lands of what is in flight: by box, or the same fate for each request. Where several requests go out to one box
+there is one more, "rest": all but the first of them."""
 
 COMEBACKS = ((1.5, 0.05), (0.3, 0.002), (3.0, 0.4))
 """(how long a machine is down, after how long that is noticed), in seconds, in turn."""
@@ -178,11 +179,15 @@ class Told:
     fired: list[Kill]
 
 
+Died = Callable[[Run, Kill], None]
+
+
 class _Teller:
     """Listens to a run, notes the steps, and kills."""
 
-    def __init__(self, run: Run, story: Story) -> None:
+    def __init__(self, run: Run, story: Story, died: Died) -> None:
         self.run = run
+        self.died = died
         self.passed: list[Passed] = []
         self.fired: list[Kill] = []
         self._left = list(story.kills)
@@ -226,6 +231,7 @@ class _Teller:
     def _die(self, kill: Kill) -> None:
         run = self.run
         first = run.cluster.boxes[0]
+        seen: set[Box] = set()
 
         def landing(io: Io) -> str:
             match kill.lands:
@@ -233,6 +239,10 @@ class _Teller:
                     return "whole" if io.box is first else "none"
                 case "others":
                     return "none" if io.box is first else "whole"
+                case "rest":
+                    again = io.box in seen
+                    seen.add(io.box)
+                    return "whole" if again else "none"
                 case "all":
                     return "whole"
                 case other:
@@ -240,21 +250,25 @@ class _Teller:
 
         for number in kill.victims:
             machine = run.cluster.machines[number]
-            if machine.array is not None and machine.array.process.alive:
-                machine.array.submitter.landing = landing
+            array = machine.array
+            if array is not None and array.process.alive:
+                array.submitter.landing = landing
+                if array.stopping:
+                    run.tell(machine.name, "process.died", {})  # a stop that is cut short is a death
             run.faults[f"crash at {kill.step}"] += 1
             run.kill(machine, kill.detect_s)
             self._steps.gone(machine.name)
             self._flights.gone(machine.name)
             run.later(kill.down_s, run.start, machine)
+        self.died(run, kill)
 
 
-def play_story(story: Story, *, keep_events: bool = False) -> Told:
-    """Play one story to its end. The same story gives the same run."""
+def play_story(story: Story, *, keep_events: bool = False, died: Died = lambda run, kill: None) -> Told:
+    """Play one story to its end. The same story gives the same run. `died` may look at the disks after each kill."""
     scenario = SCENARIOS[story.scenario]
     run = Run(scenario.plan(story.nodes), Dice(SEED), keep_events=keep_events)
     scenario.prepare(run)
-    teller = _Teller(run, story)
+    teller = _Teller(run, story, died)
     outcome = run.play()
     return Told(story, outcome, teller.passed, teller.fired)
 
@@ -286,40 +300,42 @@ def _kill(place: Passed, victims: tuple[int, ...], lands: str, turn: int) -> Kil
     )
 
 
-def first_kills(passed: Sequence[Passed], occurrences: int) -> list[Kill]:
+def first_kills(
+    passed: Sequence[Passed], occurrences: int, landings: tuple[str, ...] = LANDINGS
+) -> list[Kill]:
     """A kill at every step, by every node that comes there, at so many of its occurrences, with each landing.
 
-    With one occurrence: by one node, and only with the landings that make the step what it is.
+    With 0 occurrences: one by one node, and only with the landings that make the step what it is.
     """
     kills: list[Kill] = []
-    for group in _groups(passed, by_node=occurrences > 1).values():
-        for place in _spread(group, occurrences):
+    for group in _groups(passed, by_node=occurrences > 0).values():
+        for place in _spread(group, max(1, occurrences)):
             for victims in place.victims:
-                lands: tuple[str, ...] = LANDINGS
+                lands = landings
                 if place.step not in PARTLY:
                     lands = (LANDINGS[len(kills) % len(LANDINGS)],)
-                elif occurrences == 1:
+                elif not occurrences:
                     lands = ("first", "others") if place.flight else ("none",)
                 kills += [_kill(place, victims, land, len(kills)) for land in lands]
     return kills
 
 
-def second_kills(told: Told, occurrences: int, turn: int) -> list[Kill]:
-    """Kills at the steps of the recovery after the first one: of who passes them, of all, or of who was first again."""
-    story = told.story
-    since_s = [place.time_s for place in told.passed if place.kills]
+def second_kills(told: Told, turn: int, both: bool) -> list[Kill]:
+    """Kills at each step of the recovery after the first one: of who passes it, or of all nodes, or one of each."""
+    since_s = next((place.time_s for place in told.passed if place.kills), 0.0)
     after = [
         place
         for place in told.passed
-        if place.kills and place.step in RECOVERY and place.time_s < since_s[0] + SECOND_LATEST_S
+        if place.kills and place.step in RECOVERY and place.time_s < since_s + SECOND_LATEST_S
     ]
-    everybody = tuple(range(1, story.nodes + 1))
+    everybody = tuple(range(1, told.story.nodes + 1))
     kills = []
     for group in _groups(after, by_node=False).values():
-        for place in _spread(group[turn % len(group) :], occurrences):
-            for victims in (place.victims[turn % len(place.victims)], everybody):
-                turn += 1
-                kills.append(_kill(place, victims, LANDINGS[turn % len(LANDINGS)], turn))
+        place = group[turn % len(group)]
+        choices = (place.victims[turn % len(place.victims)], everybody)
+        for victims in choices if both else (choices[turn % 2],):
+            kills.append(_kill(place, victims, LANDINGS[turn % len(LANDINGS)], turn))
+        turn += 1
     return kills
 
 
@@ -403,47 +419,53 @@ Progress = Callable[[int, int, int], None]
 def crash_points(
     nodes: Sequence[int] = (1, 2, 3),
     *,
-    thorough: bool = True,
+    depth: int = 1,
     scenarios: Sequence[str] = tuple(SCENARIOS),
     progress: Progress = lambda done, known, violations: None,
 ) -> Report:
-    """Play the whole mode: thousands of runs, or with `thorough` off a sample that still reaches every step."""
+    """Play the whole mode.
+
+    `depth` 0 is a sample that still reaches every step (hundreds of runs). 1 has every step of every scenario by every
+    node with every landing, and every pair of a first step and a step of the recovery (thousands). More means so many
+    occurrences of each step, and pairs for each scenario.
+    """
     report = Report(tuple(nodes))
-    known = 0
-    firsts: list[Story] = []
-    for count in nodes:
-        seen: set[tuple[Any, ...]] = set()
-        for name in scenarios:
-            quiet = play_story(Story(name, count))
-            report.add(quiet)
-            if quiet.outcome.violation is not None:
-                continue
-            passed = quiet.passed
-            if not thorough:
-                new = set(_groups(passed, by_node=False)) - seen
-                passed = [place for place in passed if (place.step, place.point, place.flight, "") in new]
-                seen |= new
-            kills = first_kills(passed, 3 if thorough else 1)
-            firsts += [Story(name, count, (kill,)) for kill in kills]
+    firsts = [story for count in nodes for story in _first_stories(report, count, scenarios, depth)]
     known = report.runs + len(firsts)
-    paired: Counter[tuple[Any, ...]] = Counter()
+    paired: set[tuple[Any, ...]] = set()
     for number, story in enumerate(firsts):
         told = play_story(story)
         report.add(told)
         progress(report.runs, known, len(report.violations))
         if story.nodes == 1 or told.outcome.violation is not None or len(told.fired) != 1:
             continue
-        kill = story.kills[0]
-        key = (story.nodes, story.scenario, kill.step) if thorough else (story.nodes, kill.step)
-        paired[key] += 1
-        if paired[key] > 1:
+        key = (story.nodes, story.kills[0].step, story.scenario if depth > 1 else "")
+        if key in paired:
             continue
-        seconds = second_kills(told, 1, number)
-        if not thorough:  # those that are the rarest so far
-            seconds.sort(key=lambda second: report.seconds[story.nodes, second.step])
+        paired.add(key)
+        seconds = second_kills(told, number, depth > 1)
+        if not depth:  # those that are the rarest so far
+            seconds.sort(key=lambda kill: report.seconds[story.nodes, kill.step])
             del seconds[2:]
         known += len(seconds)
-        for second in seconds:
-            report.add(play_story(replace(story, kills=(kill, second))))
+        for kill in seconds:
+            report.add(play_story(replace(story, kills=(*story.kills, kill))))
             progress(report.runs, known, len(report.violations))
     return report
+
+
+def _first_stories(report: Report, nodes: int, scenarios: Sequence[str], depth: int) -> list[Story]:
+    """Play each scenario without a kill: what it comes to is where somebody dies."""
+    stories: list[Story] = []
+    seen: set[tuple[Any, ...]] = set()
+    for name in scenarios:
+        quiet = play_story(Story(name, nodes))
+        report.add(quiet)
+        passed = quiet.passed
+        if not depth:  # each step in the first scenario that has it
+            mine = _groups(passed, by_node=False)
+            passed = [place for key, group in mine.items() if key not in seen for place in group]
+            seen |= set(mine)
+        landings = (*LANDINGS, "rest") if name == "pages" else LANDINGS
+        stories += [Story(name, nodes, (kill,)) for kill in first_kills(passed, depth, landings)]
+    return stories

@@ -88,7 +88,7 @@ def _stop(nodes: int) -> Plan:
     dies = Step(1.0, "kill", {"node": nodes, "down_s": 1.5, "detect_s": 0.02})
     stops = tuple(
         Step(at_s, "stop", {"node": node, "down_s": 0.5, "leave": node == 1})
-        for node, at_s in ((1, 1.2), (max(1, nodes - 1), 2.6))
+        for node, at_s in ((1, 1.12), (max(1, nodes - 1), 2.6))
     )
     return replace(plan, work=_work(plan, 3.4, 0.07), faults=(dies, *stops))
 
