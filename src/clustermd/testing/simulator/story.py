@@ -63,7 +63,7 @@ def atlas_rows() -> list[str]:
     rows = ["| fault | what happens | what keeps the run survivable |", "|---|---|---|"]
     for name, kind in atlas.KINDS.items():
         meaning, limit = meaning_and_limit(kind.do)
-        rows.append(f"| `{name}` | {meaning} | {limit or 'it passes'} |")
+        rows.append(f"| `{name}` | {meaning} | {limit or 'no limit of its own'} |")
     return rows
 
 
