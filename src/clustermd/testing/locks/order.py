@@ -25,7 +25,7 @@ Event = Callable[[GroupEvents], None]
 
 
 class Port:
-    """One member's end. `read` is how many events of the current order it has been told.
+    """One member's end. `read` is how many events of the current order it has been told, from `since` on.
 
     `alone` is None for a member, else what a separated one hears before it hears nothing.
     """
@@ -35,7 +35,7 @@ class Port:
         self.max_payload = max_payload
         self.group = group
         self.events: GroupEvents | None = None
-        self.read = 0
+        self.read = self.since = len(group.order)
         self.limit = 1 << 30
         self.sent: list[bytes] = []
         self.alone: list[Event] | None = None
@@ -150,7 +150,7 @@ class MemoryGroup:
     def heal(self, port: Port, *, quorate: bool = True) -> None:
         """A separated member meets the others again; they know it as lost, and it knows nothing since then."""
         port.alone = None
-        port.read = len(self.order)
+        port.read = port.since = len(self.order)
         self.ports[port.me] = port
         self.unproved.discard(port.me)
         self.view(quorate=quorate)
@@ -160,9 +160,10 @@ class MemoryGroup:
 
         What a lost member was told was stable: some survivor is told before the order is gone.
         """
-        ahead = max(self.ports, key=lambda member: (self.ports[member].read, member))
-        while self.stable and self.ports[ahead].read < self.read_by_the_lost:
-            self.deliver(ahead)
+        # one that was told from the beginning: a newcomer knows nothing of what came before it
+        ahead = max(self.ports.values(), key=lambda port: (-port.since, port.read, port.me))
+        while self.stable and ahead.read < self.read_by_the_lost:
+            self.deliver(ahead.me)
         self.read_by_the_lost = 0
         told = min(port.read for port in self.ports.values())
         self.fence_again = [member for place, member in self.fences.items() if place >= told]
@@ -173,7 +174,7 @@ class MemoryGroup:
         self.ring = (self.ring[0] + 1, 0)
         view = View(self.ring, self.members, (), (), False)
         for port in self.ports.values():
-            port.read = 0
+            port.read = port.since = 0
             port.sent.clear()
             assert port.events is not None
             port.events.on_view(view)
@@ -247,4 +248,4 @@ def _message(index: int, sender: Member, payload: bytes, *, stable: bool = False
 
 def newcomer_reads_from_here(group: MemoryGroup, port: Port) -> None:
     """A new port hears nothing of what was ordered before it."""
-    port.read = len(group.order)
+    port.read = port.since = len(group.order)

@@ -132,7 +132,6 @@ class Cluster:
         """A new life of a node; it is a member from the next view on."""
         self._life += 1
         port = self.group.port(node, self._life)
-        port.read = len(self.group.order)
         self.nodes[port.me] = started = Node(self, port)
         return started
 

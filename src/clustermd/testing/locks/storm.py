@@ -15,8 +15,8 @@ the drawing has changed. A step whose subject is not there does nothing, so step
     ["busy", node, limit]                                            the group takes so many messages of it
 
 What keeps a storm survivable: someone always lives; what was shown because it was stable is not lost with all who knew
-it; a node that was cut off comes back only to those who have gone on without it, and nobody dies while it has not
-started anew.
+it; what a node hears alone completes no install; a node that was cut off comes back only to those who have gone on
+without it, and nobody dies while it has not started anew.
 In the end everything is mended, fenced, released and ended, and nothing may be left.
 """
 
@@ -385,7 +385,7 @@ class Storm:
         elif not self._may_die():
             return False
         elif word == "cut":
-            cluster.cut(node, args[0])
+            cluster.cut(node, args[0] if node.replica.installed else 0)
         else:
             cluster.lose(node)
         return True
