@@ -337,6 +337,16 @@ def test_a_lost_path_is_lost_for_one_node() -> None:
     assert one.done == [(1, -errno.EIO)] and two.done == [(1, SECTOR)]
 
 
+def test_what_is_on_its_way_when_the_path_is_lost_does_not_land() -> None:
+    for cut in ("lost_path", "fenced"):
+        kit = Kit()
+        node = kit.node("one")
+        node.write(8, b"a")
+        setattr(node.path, cut, True)
+        kit.run()
+        assert node.done == [(1, -errno.EIO)] and letters(kit.box, 8, 1) == b"\0"
+
+
 def test_bad_sectors_fail_reads_until_they_are_written() -> None:
     kit = Kit()
     node = kit.node("one")

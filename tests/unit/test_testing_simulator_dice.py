@@ -15,6 +15,8 @@ def test_a_seed_draws_the_same_and_each_stream_is_its_own() -> None:
 
     assert draws(7, 0) == draws(7, 13) != draws(8, 0)
     assert set(draws(7, 0)) <= set(range(100)) and len(set(draws(7, 0))) > 20
+    dice = Dice(7)
+    assert [dice.stream("other").below(100) for _ in range(50)] != draws(7, 0)
 
 
 def test_what_was_drawn_is_replayed_without_the_seed() -> None:

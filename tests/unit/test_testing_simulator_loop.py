@@ -187,6 +187,7 @@ def test_a_burial_leaves_what_others_have_ready() -> None:
     kit = dull()
     dead, living = Process("dead"), Process("living")
     in_process(kit, dead, 1.0, "never")
+    kit.loop.create_task(asyncio.Event().wait(), context=dead.context)
 
     def kill() -> None:
         dead.alive = False

@@ -212,6 +212,7 @@ def test_a_paused_member_hears_everything_when_it_goes_on() -> None:
 
 def test_nobody_may_act_while_the_order_is_frozen() -> None:
     kit = Kit(7, 2, durable=True)
+    kit.ports[1].multicast(b"on its way")
     kit.group.freeze()
     kit.run()
     assert not kit.ears[1].views[-1].quorate
