@@ -89,6 +89,7 @@ class Array:
         self.metadata = Metadata(state, coordinator, self.bitmap_writer, self.faults.fail)
         self.metadata.unrecorded = self.faults.publish_soon
         self.metadata.known_to_all = self.faults.known_to_all
+        self.metadata.outvoted = self._outvoted
         self.slots = Slots(state, self.bitmap_writer, assembly.template, self.faults.fail)
         self.writer = Writer(state, self.bitmap_writer, self.faults.settle)
         self.activity = Activity(state, self.metadata, lambda: bool(self.writer.in_flight), self._redispatch)
@@ -382,6 +383,11 @@ class Array:
         self._lost.set()
         self.changed()
 
+    def _outvoted(self, reason: str) -> None:
+        """Others went on with members that we have given up: this life ends, the next one begins with what they say."""
+        if self.coordinator.clustered and self._living:
+            self.lost(reason)
+
     # --- what the cluster asks (ArraySide) --------------------------------------------------------------
 
     async def prepare_join(self) -> None:
@@ -389,7 +395,7 @@ class Array:
         self.state.gate.renew()
         if self._no_contact:
             self.state.gate.hold(self._no_contact)
-        await self.metadata.reload()
+        await self.metadata.begin_anew()
 
     async def load_own_slot(self, slot: int) -> None:
         await self.slots.load_own(slot)
@@ -438,8 +444,8 @@ class Array:
                 if loop.time() >= end_s:
                     return False
 
-    async def reload(self) -> None:
-        await self.metadata.reload()
+    async def reload(self, announced: int | None = None) -> None:
+        await self.metadata.reload(announced=announced)
         self._members_changed()
 
     def awaits_all(self) -> bool:

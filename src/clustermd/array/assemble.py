@@ -73,14 +73,30 @@ class Assembly:
 
 
 async def read_superblock(submitter: Submitter, device: MemberDevice) -> Superblock:
-    """The superblock of a device, whichever minor version. Raises BadBytes, or OSError if unreadable."""
+    """The superblock of a device, whichever minor version. Raises BadBytes, or OSError if unreadable.
+
+    Of the three places where one may be, those that cannot be read do not matter where another holds one.
+    """
     parts: dict[int, bytes] = {}
+    unreadable: OSError | None = None
     for minor in (0, 1, 2):
         at = location(minor, device.size_sectors)
         block_sectors = max(1, device.logical_block_bytes // 512)
         count = min(8, device.size_sectors - at) // block_sectors * block_sectors
         if at % block_sectors == 0 and count > 0:
-            parts[at] = await read_bytes(submitter, device, at * 512, count * 512)
+            try:
+                parts[at] = await read_bytes(submitter, device, at * 512, count * 512)
+            except OSError as error:
+                unreadable = unreadable or error
+    try:
+        return _found(parts, device)
+    except BadBytes:
+        if unreadable is not None:
+            raise unreadable from None
+        raise
+
+
+def _found(parts: dict[int, bytes], device: MemberDevice) -> Superblock:
     return find(lambda sector, count: parts.get(sector, b"")[: count * 512], device.size_sectors)
 
 
@@ -262,6 +278,14 @@ def check_complete(state: ArrayState, peers: Sequence[str], allow_degraded: bool
     missing = state.missing_numbers()
     if not state.in_sync:
         raise Refused("no-good-member", f"{state.name}: no in-sync member is left")
+    doubtful = [member.path for member in state.members if member.faulty and not member.fault_recorded]
+    if doubtful and (peers or not allow_degraded):
+        raise Refused(
+            "member-missing-here",
+            f"{state.name}: {', '.join(doubtful)} cannot be used here, and no disk says that it has failed"
+            + (f", so {', '.join(peers)} may go on with it" if peers else ": start the array anew with --run"),
+            paths=doubtful,
+        )
     if not missing:
         return
     roles = ", ".join(str(state.roles[number]) for number in missing)

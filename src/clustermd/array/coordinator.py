@@ -34,8 +34,8 @@ class ArraySide(Protocol):
         """Wait until no write started here is in flight in [lo, hi). False if one of them waits for a failed
         member to be recorded, which cannot be before the caller lets go."""
 
-    async def reload(self) -> None:
-        """Read the superblocks again and adopt the newest. Raises Refused if that is not possible."""
+    async def reload(self, announced: int | None = None) -> None:
+        """Read the superblocks again and adopt the newest, that of device `announced` among them. Raises Refused."""
 
     def awaits_all(self) -> bool:
         """Whether something here waits until all nodes have followed what was announced."""
@@ -86,8 +86,11 @@ class Coordinator(Protocol):
     def metadata_update(self) -> AbstractAsyncContextManager[None]:
         """Hold the right to write superblocks; publish on a clean exit, and raise if somebody did not follow."""
 
-    def resync_right(self) -> AbstractAsyncContextManager[None]:
-        """Be the one node that resyncs; "finished" is announced before the right is given up."""
+    def resync_right(self, *, settles: bool = False) -> AbstractAsyncContextManager[None]:
+        """Be the one node that resyncs, with `settles` until nothing is left to copy.
+
+        "Finished" is announced before the right is given up.
+        """
 
     async def announce(self, lo: int, hi: int) -> None:
         """No other node writes in [lo, hi) when this returns (needs the resync right)."""
@@ -127,7 +130,7 @@ class Alone:
         yield
 
     @asynccontextmanager
-    async def resync_right(self) -> AsyncIterator[None]:
+    async def resync_right(self, *, settles: bool = False) -> AsyncIterator[None]:
         yield
 
     async def announce(self, lo: int, hi: int) -> None:

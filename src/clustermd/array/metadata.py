@@ -46,6 +46,7 @@ class Metadata:
     ) -> None:
         self.state = state
         self.unrecorded: Callable[[], None] = lambda: None  # a fault is to be published, if there is one
+        self.outvoted: Callable[[str], None] = lambda why: None  # others went on with what we cannot follow
         self.known_to_all: Callable[[], None] = lambda: None  # every node has followed what is recorded now
         self.coordinator = coordinator
         self.bitmap_writer = bitmap_writer
@@ -81,19 +82,44 @@ class Metadata:
 
     # --- reading --------------------------------------------------------------------------------
 
-    async def reload(self, *, ours: bool = False) -> None:
+    async def begin_anew(self) -> None:
+        """At the start of a life: what the disks say counts. A fault of the former life that no disk knows of is none,
+        if the member can be read again; writes that missed it were answered to nobody (rule 17)."""
+        for member in self.state.members:
+            if member.faulty and not member.fault_recorded and not member.stuck:
+                try:
+                    await self.read_one(member)
+                except (OSError, Refused):
+                    continue
+                member.faulty = False
+                member.why = ""
+        self.state.unpublished = False
+        self.state.refresh()
+        await self.reload()
+
+    async def reload(self, *, ours: bool = False, announced: int | None = None) -> None:
         """Read every superblock that can be read and adopt the newest one's roles.
 
         Raises Refused `superblock-unreadable` if a member that should work gives none: nobody may then go
         on with a state that cannot be confirmed (rule 6). In an update of `ours` nobody else announced anything:
         such a member is failed, and the update records that, as long as another good one can be read.
+
+        A member that only we have failed is read as well: others may have written there what fails all of ours, and
+        then it is we who are `outvoted` (Refused `faults-conflict`). The device number `announced` as good must be
+        read, else what was announced cannot be known (Refused `superblock-unconfirmed`, outvoted too).
         """
         state = self.state
         working = [member for member in state.members if not member.faulty]
-        results = await asyncio.gather(*(self.read_one(member) for member in working), return_exceptions=True)
+        ours_alone = [
+            member
+            for member in state.members
+            if member.faulty and (not member.fault_recorded or member.number == announced)
+        ]
+        asked = working + ours_alone
+        results = await asyncio.gather(*(self.read_one(member) for member in asked), return_exceptions=True)
         fresh: dict[int, Superblock] = {}
         problems: dict[int, BaseException] = {}
-        for member, result in zip(working, results, strict=True):
+        for member, result in zip(asked, results, strict=True):
             if isinstance(result, Superblock):
                 fresh[member.index] = result
             elif isinstance(result, (OSError, Refused)):
@@ -106,6 +132,7 @@ class Metadata:
                 f"{state.name}: no member's superblock can be read: {'; '.join(map(str, problems.values()))}",
             )
         newest = newest_of(list(fresh.values()))
+        self._check_votes(newest, ours_alone, problems, announced)
         readable = any(member.index in fresh for member in state.in_sync)
         for member in working:
             if member.index in problems and newest.role_of(member.number) < ROLE_LIMIT:
@@ -118,6 +145,29 @@ class Metadata:
                     path=member.path,
                 )
         self._adopt(newest, fresh)
+
+    def _check_votes(
+        self,
+        newest: Superblock,
+        ours_alone: list[Member],
+        problems: dict[int, BaseException],
+        announced: int | None,
+    ) -> None:
+        """Whether others went on with members that we have failed, and without those that we have. Raises Refused."""
+        state = self.state
+        for member in ours_alone:
+            if member.number == announced and member.index in problems:
+                words = (
+                    f"{state.name}: others go on with {member.path}, which this node cannot read: "
+                    f"{problems[member.index]}"
+                )
+                self.outvoted(words)
+                raise Refused("superblock-unconfirmed", words, path=member.path)
+        theirs = [member.path for member in ours_alone if newest.role_of(member.number) < ROLE_LIMIT]
+        if theirs and not any(newest.role_of(member.number) < ROLE_LIMIT for member in state.in_sync):
+            words = f"{state.name}: others have failed every member that this node has, and go on with {', '.join(theirs)}"
+            self.outvoted(words)
+            raise Refused("faults-conflict", words, paths=theirs)
 
     async def read_one(self, member: Member) -> Superblock:
         """The superblock of `member` as it is on disk now. Raises OSError or BadBytes."""

@@ -241,7 +241,7 @@ class Resync:
         if work is not None:
             self._status = self._waiting("pending")
             self._changed()
-        async with self.coordinator.resync_right():
+        async with self.coordinator.resync_right(settles=True):
             self._pace = Pace(state, self.limits)
             state.trace.point("resync.right")
             said = ""

@@ -79,8 +79,8 @@ class Cluster:
             await life.channel.broadcast(Message(MessageType.METADATA_UPDATED, life.slot, raid_slot=number))
 
     @asynccontextmanager
-    async def resync_right(self) -> AsyncIterator[None]:
-        async with self._living().resync_right():
+    async def resync_right(self, *, settles: bool = False) -> AsyncIterator[None]:
+        async with self._living().resync_right(settles=settles):
             yield
 
     async def announce(self, lo: int, hi: int) -> None:

@@ -30,7 +30,15 @@ from clustermd.errors import ClusterLost, Refused
 from clustermd.trace import Trace
 
 RETRY_S = 0.5
+RELOADS = 4
+"""How often a node tries to read an announced superblock before it fails the members that it cannot read."""
+OUTVOTED = ("superblock-unconfirmed", "faults-conflict")
 REQUEST_S = 1.0
+
+
+def _seen(task: asyncio.Future[None]) -> None:
+    if not task.cancelled():
+        task.exception()
 
 
 class Link(Protocol):
@@ -66,6 +74,8 @@ class Life:
         self._recovering = False
         self._gone: set[int] = set()  # slots to take over whose owner is known to be gone
         self._wanting = 0
+        self._claimed = False
+        self._reloads = 0
         self._announced = False  # some node may be keeping out of a window of ours
 
     # --- join and leave -----------------------------------------------------------------------------
@@ -114,7 +124,9 @@ class Life:
             if vacant is not None:
                 try:
                     self.trace.point("join.locked", slot=slot)
-                    await self.array.merge_slot(slot)
+                    if await self.array.merge_slot(slot):
+                        # A survivor that finds this slot empty must not take the array for settled before we copy.
+                        await self._claim_right()
                 finally:
                     await vacant.unlock()
                 self.trace.point("join.merged", slot=slot)
@@ -195,12 +207,16 @@ class Life:
     # --- rights ---------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def resync_right(self) -> AsyncIterator[None]:
+    async def resync_right(self, *, settles: bool = False) -> AsyncIterator[None]:
         """`resync` in EX; "finished" is said before it is given up, unless the task is being stopped.
 
-        Between two tasks of this node it is not given up: whoever gets it next takes the array for settled.
+        Between two tasks of this node it is not given up: whoever gets it next takes the array for settled. What was
+        claimed for a pass that settles everything is kept until there is one (`settles`).
         """
-        self._wanting += 1
+        if settles and self._claimed:
+            self._claimed = False
+        else:
+            self._wanting += 1
         self._right_requested.set()
         try:
             await self._resyncing.acquire()
@@ -217,12 +233,28 @@ class Life:
             finally:
                 if not self._wanting:
                     self.trace.point("resync.right_given", slot=self.slot)
+                    giving = asyncio.ensure_future(self._resync.convert(Mode.NL))
+                    giving.add_done_callback(_seen)  # whoever is cancelled here does not hear how it ends
                     with suppress(ClusterLost):
-                        await asyncio.shield(self._resync.convert(Mode.NL))
+                        await asyncio.shield(giving)
         finally:
             self._resyncing.release()
             if not self._wanting:
                 self._right_requested.clear()
+
+    async def _claim_right(self) -> None:
+        """Have the resync right requested, for the first pass of this life, before anything else is let go."""
+        if not self._claimed:
+            self._claimed = True
+            self._wanting += 1
+            self._spawn("the resync right", self._claim)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._right_requested.wait(), REQUEST_S)
+
+    async def _claim(self) -> None:
+        async with self._resyncing:
+            self._right_requested.set()
+            await self._resync.convert(Mode.EX)
 
     def _stopping(self) -> bool:
         task = asyncio.current_task()
@@ -259,7 +291,7 @@ class Life:
         """Process one message of another node; 0 or an errno. Idempotent, as a sender may die half way."""
         match message.type:
             case MessageType.METADATA_UPDATED:
-                return await self._reload()
+                return await self._reload(message.raid_slot)
             case MessageType.RESYNCING:
                 return await self._resyncing_elsewhere(message)
             case MessageType.BITMAP_NEEDS_SYNC:
@@ -280,21 +312,29 @@ class Life:
             return 0
         return errno.EBUSY
 
-    async def _reload(self) -> int:
+    async def _reload(self, announced: int) -> int:
         """Follow the announced superblock, or hold I/O until that is possible (rule 6)."""
         try:
-            await self.array.reload()
+            await self.array.reload(announced)
         except (Refused, OSError) as error:
             if isinstance(error, ClusterLost):
                 raise
+            if isinstance(error, Refused) and error.code in OUTVOTED:
+                return errno.EIO  # this life is over
+            self._reloads = 0
             self.array.doubt(f"the superblocks cannot be confirmed: {error}")
             self._spawn("reload", self._reload_again)
             return errno.EIO
         return 0
 
     async def _reload_again(self) -> None:
-        async with self.channel.receiving:  # not in the middle of an update of ours
-            await self.array.reload()
+        """Until that is done no node can record anything. So what is a fault of ours alone is soon one of the member."""
+        self._reloads += 1
+        if self._reloads <= RELOADS:
+            async with self.channel.receiving:  # not in the middle of an update of ours
+                await self.array.reload()
+        else:
+            await self.array.adopt()
         self.array.followed(False)
         self.array.trust()
 

@@ -20,6 +20,7 @@ from clustermd.testing.simulator.order import SimGroup
 from clustermd.testing.simulator.plan import Plan
 
 PROOF_POLL_S = 0.02
+AUDIT_S = 2.0
 RESTART_S = 0.2
 START_AGAIN_S = 1.0
 
@@ -55,6 +56,7 @@ class SimCluster:
         self._arrays: list[ArrayProcess] = []
         self._graves: list[Process] = []
         self._format()
+        self.loop.later(AUDIT_S, self.audit)
 
     def _format(self) -> None:
         plan = self.plan
@@ -158,7 +160,6 @@ class SimCluster:
         array.submitter.process_died(self.plan.late_s)
         for link in array.links:
             link.array_died()
-        array.serving = False
         self.on_gone(array)
 
     def kill_lockd(self, machine: Machine, detect_s: float) -> None:
@@ -240,6 +241,24 @@ class SimCluster:
 
     def thaw(self) -> None:
         self.group.thaw()
+
+    def audit(self) -> None:
+        """Whoever some living replica takes for lost is proved dead again: the proof may be known only to the dead."""
+        self.loop.later(AUDIT_S, self.audit)
+        present = {port.me for port in self.group.ports()}
+        by_key = {
+            (lockd.port.me.node, lockd.port.me.incarnation): lockd.port.me
+            for machine in self.machines.values()
+            for lockd in machine.lockds
+        }
+        for machine in self.machines.values():
+            lockd = machine.lockd
+            if lockd is None or not lockd.process.alive or not lockd.replica.installed:
+                continue
+            for key, node in lockd.replica._machine.nodes.items():
+                if node.lost and by_key[key] not in present:
+                    self.group.lost.setdefault(by_key[key], "")
+        self.watch_lost()
 
     def watch_lost(self) -> None:
         """Begin to prove the end of every member that is lost."""

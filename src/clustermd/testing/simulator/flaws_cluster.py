@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-from clustermd.array import metadata as metadata_module
 from clustermd.array.array import Array
 from clustermd.array.metadata import Metadata
 from clustermd.array.windows import Windows
@@ -116,7 +115,7 @@ async def _no_message(self: Life, lo: int, hi: int) -> None:
 
 
 @asynccontextmanager
-async def _right_for_all(self: Life) -> AsyncIterator[None]:
+async def _right_for_all(self: Life, *, settles: bool = False) -> AsyncIterator[None]:
     self._wanting += 1
     self._right_requested.set()
     try:
@@ -129,7 +128,7 @@ async def _right_for_all(self: Life) -> AsyncIterator[None]:
         self.trace.point("resync.right_given", slot=self.slot)
 
 
-async def _first_read_counts(self: Metadata, *, ours: bool = False) -> None:
+async def _first_read_counts(self: Metadata, *, ours: bool = False, announced: int | None = None) -> None:
     """Superblocks are written from what this node remembers."""
     if not ours:
         await _reload(self, ours=ours)
@@ -140,7 +139,7 @@ async def _events_back(self: Metadata) -> None:
     await _metadata_write(self)
 
 
-async def _follow_nothing(self: Array) -> None:
+async def _follow_nothing(self: Array, announced: int | None = None) -> None:
     return None
 
 
@@ -183,5 +182,4 @@ FLAWS = (
     flaw("I12", "writes superblocks from memory", (Metadata, "reload", _first_read_counts)),
     flaw("rule 14", "lets events go back", (Metadata, "_write", _events_back)),
     flaw("I13", "lets go of a message it has not read", (Channel, "_blocking", _deaf_to_callbacks)),
-    flaw("rule 6c", "takes an old member for a good one", (metadata_module, "EVENT_MARGIN", 1 << 40)),
 )

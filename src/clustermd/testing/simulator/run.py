@@ -174,7 +174,7 @@ class Run:
 
     def _gone(self, array: ArrayProcess) -> None:
         """An array process has ended, by death or in order."""
-        served, array.serving = array.serving or array.stopping, False
+        served, array.serving = array.last_slot >= 0, False
         writes = self.clients.process_gone(array)
         if array.stopping and not writes:
             self.model.close(writes)
