@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 BROKEN = 1
 UNREADABLE = 2
+INTERRUPTED = 130
 _DRAWN = 3
 _MINUTES = 1.0
 _FRESH_SEEDS = 1 << 40
@@ -156,16 +157,19 @@ def _many(options: _Options) -> int:
                 progress.show()
     except KeyboardInterrupt:
         interrupted = True
-        say("interrupted: runs that have begun end first")
     finally:
         reports.close()
         progress.clear()
-    results = _look_closer(summary, options)
+    if interrupted:
+        say("interrupted; this is what was played until then")
+    results = [] if interrupted else _look_closer(summary, options)
     if options.json:
         show_json(simulation=summary.to_wire(), seeds=what, interrupted=interrupted, closer=results)
     else:
         show("\n" + summary.text())
-    return BROKEN if summary.broken else 0
+    if summary.broken:
+        return BROKEN
+    return INTERRUPTED if interrupted else 0
 
 
 def _seeds_until(first: int, end_s: float) -> Iterator[int]:

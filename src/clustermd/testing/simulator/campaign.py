@@ -14,6 +14,7 @@ import gc
 import multiprocessing
 import os
 import resource
+import signal
 import time
 import traceback
 from collections import Counter
@@ -123,6 +124,7 @@ def _play_batch(seeds: list[int], operations: int, faults: int) -> list[Report]:
 
 def _begin_worker() -> None:
     os.nice(NICENESS)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a key press is for who started us
     gc.freeze()  # what is imported stays: a collection looks at the last run only
 
 
