@@ -304,7 +304,7 @@ def test_a_right_is_shown_only_when_its_message_is_stable() -> None:
     lock = lock_of(a, op)
     assert holders(b.node) == [("node1", "EX", False)], "granted in the order, not yet shown"
     assert not shown(a, op)
-    a.node.replica.on_stable(group.index)
+    a.node.on_stable(group.index)
     assert shown(a, op)
     down = a.send("convert", lock, int(Mode.NL), 0, None)
     refused = request(b, Mode.EX, 0)
@@ -312,7 +312,7 @@ def test_a_right_is_shown_only_when_its_message_is_stable() -> None:
     cluster.settle()
     assert shown(a, down), "giving up a right waits for nothing"
     assert not shown(b, failed), "but what follows an unstable grant to the same client keeps its place"
-    b.node.replica.on_stable(group.index)
+    b.node.on_stable(group.index)
     assert [frame[1] for frame in b.words("cast")] == [refused, failed]
 
 
@@ -329,7 +329,7 @@ def test_an_unstable_grant_becomes_stable_with_the_next_install() -> None:
     cluster.settle()
     assert a.node.replica.installed
     assert not shown(a, op)
-    a.node.replica.on_stable(group.index)
+    a.node.on_stable(group.index)
     assert shown(a, op)
 
 

@@ -106,6 +106,8 @@ class Callbacks:
             if records[lock.id].pending:
                 raise LockRuleBroken("completion-lost", f"{records[lock.id]} is granted and was never told")
         for lock in (*resource.converting, *resource.waiting):
+            if lock.session in self.ledger.lost:
+                raise LockRuleBroken("zombie-granted", f"{records[lock.id]} is lost, and would be granted")
             if not records[lock.id].pending:
                 raise LockRuleBroken("completion-twice", f"{records[lock.id]} is queued, but was answered")
 

@@ -27,7 +27,8 @@ class Client:
     """One session: every frame it sent and got, and what it believes to hold (lock -> mode, resource).
 
     `due` are the frames that the history has for it, of which it was shown `shown`; `lost` and `ended` are what became
-    of it. `slots` are those it was told in each lockspace.
+    of it. `caused` has, for each frame its node made for it, the message that must be stable before it is shown (0:
+    none), and `heard` is how many it was shown of these. `slots` are those it was told in each lockspace.
     """
 
     node: Node
@@ -43,6 +44,8 @@ class Client:
     freeing: set[int] = field(default_factory=set)
     requests: dict[int, int] = field(default_factory=dict)
     slots: dict[str, int] = field(default_factory=dict)
+    caused: list[int] = field(default_factory=list)
+    heard: int = 0
     shown: int = 0
     judged: bool = True
     left: bool = False

@@ -217,9 +217,9 @@ class Checker:
                 )
                 self._one_queue(engine, resource, places)
                 self._compatible(resource)
+                self._order(call, self.ledger.queues.get(key, Queues()), now[key], granted)
                 self._no_missed_grant(resource)
                 self._no_deadlock(resource)
-                self._order(call, self.ledger.queues.get(key, Queues()), now[key], granted)
                 self.callbacks.all_answered(key, resource)
                 self.callbacks.holders_told(key, resource)
                 self.values.compare(key, resource)
@@ -283,8 +283,12 @@ class Checker:
         """Grants come from the head of each queue, and no request passes a queued conversion (I11, I12)."""
         records = self.ledger.records
         queued = {lock for lock, _, _ in (*now.converting, *now.waiting)}
-        for rule, queue in (("converting-order", was.converting), ("waiting-order", was.waiting)):
+        for rule, queue, after in (
+            ("converting-order", was.converting, now.converting),
+            ("waiting-order", was.waiting, now.waiting),
+        ):
             passed = 0
+            self._line(rule, call, [lock for lock, _, _ in queue], [lock for lock, _, _ in after])
             for lock, _, _ in queue:
                 if lock in queued:
                     passed = passed or lock
@@ -302,6 +306,19 @@ class Checker:
                 raise LockRuleBroken("waiting-order", f"{records[call.lock]} passed those who waited")
         elif call.word == "convert" and call.flags & Flag.QUECVT and was.converting:
             raise LockRuleBroken("converting-order", f"{records[call.lock]} passed a conversion with QUECVT")
+
+    def _line(self, rule: str, call: Input, before: list[int], after: list[int]) -> None:
+        """Who is in a queue keeps his place; who comes is the last, or the first with HEADQUE."""
+        if before == after:
+            return
+        known, still = set(before), set(after)
+        stayed = [lock for lock in before if lock in still]
+        came = [lock for lock in after if lock not in known]
+        right = [*came, *stayed] if call.flags & Flag.HEADQUE else [*stayed, *came]
+        if after != right or came not in ([], [call.lock]):
+            raise LockRuleBroken(
+                rule, f"the queue was {before} and is {after} after {call.word} of {call.lock}"
+            )
 
     def _at_once(self, call: Input, granted: set[int]) -> None:
         """What can never have to wait is granted by its own input (I14, I15)."""

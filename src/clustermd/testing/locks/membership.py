@@ -70,11 +70,12 @@ class Membership:
             }
             if not right[state] or engine.spaces[name].seats[slot].slot != slot:
                 raise LockRuleBroken("slot", f"slot {slot} of {name} is {state}, which {session} is not")
-            before = was.seats.get(slot)
-            if before is None and any(lower not in now.seats for lower in range(1, slot)):
+            if slot not in was.seats and any(lower not in now.seats for lower in range(1, slot)):
                 raise LockRuleBroken("slot", f"{session} got slot {slot} of {name}, but a lower one is free")
-            if before is not None and before[0] != session and not _given_up(call, *before, engine):
-                raise LockRuleBroken("slot", f"{session} got slot {slot} of {name}, which {before} holds")
+        for slot, before in was.seats.items():
+            after = now.seats.get(slot)
+            if (after is None or after[0] != before[0]) and not _given_up(call, *before, engine):
+                raise LockRuleBroken("slot", f"slot {slot} of {name} went from {before} to {after}")
 
     def _departed(
         self,

@@ -4,6 +4,7 @@ Checked after every step, whatever a test does (dlm.md 6.9):
 
     the engine   every input, by `invariants`; every replica against the others, by `history`
     I2, I9       what clients were shown and have not given back excludes nothing that another was shown; slots too
+    I5           what gives more rights is shown when its message is stable
     I4, I8       nothing is applied between a view and its install point; epochs are new
     I17, I18     each client is shown exactly what the history has for it, in that order, and nothing after its end
 
@@ -16,17 +17,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from clustermd.dlm.effects import Cast, Effect, RecoverDone, RecoverSlot
 from clustermd.dlm.engine import Engine
 from clustermd.dlm.machine import Machine
 from clustermd.dlm.replica import Replica
 from clustermd.dlm.wire import Frame, unpack
-from clustermd.group.process_group import Left, Member
-from clustermd.testing.locks.client import Client
+from clustermd.group.process_group import Left, Member, View
+from clustermd.testing.locks.client import LOCAL_REFUSALS, Client
 from clustermd.testing.locks.history import History
 from clustermd.testing.locks.modes import may_coexist
 from clustermd.testing.locks.order import MemoryGroup, Port
 from clustermd.testing.locks.rules import LockRuleBroken
 from clustermd.trace import Trace
+
+NOT_YET = 1 << 62
+"""The message after which something is stable, while no view is installed."""
 
 
 class Node:
@@ -41,11 +46,13 @@ class Node:
         self.restart = ""
         self.separated = False
         self._frozen = True
+        self._index = 0
+        self._stable = 0
         trace = Trace()
         trace.listen(self._traced)
         self.replica = Replica(self, trace)
         self.replica.attach(port)
-        port.events = self.replica
+        port.events = self
         self._really_apply = self.machine.apply
         self.machine.apply = self._apply  # type: ignore[method-assign]  # every entry is judged
 
@@ -56,7 +63,13 @@ class Node:
     def _apply(self, entry: bytes) -> Any:
         if self._frozen:
             raise LockRuleBroken("applied-while-frozen", f"{self.member.name} has installed no view")
-        return self.cluster.applied(self, entry)
+        effects: list[Effect] = self.cluster.applied(self, entry)
+        for effect in effects:
+            if effect.session[:2] == (self.member.node, self.member.incarnation):
+                rises = isinstance(effect, (RecoverSlot, RecoverDone))
+                rises = rises or (isinstance(effect, Cast) and effect.rising)
+                self.clients[effect.session[2]].caused.append(self._index if rises else 0)
+        return effects
 
     def _traced(self, name: str, fields: dict[str, Any]) -> None:
         if name in ("dlm.start", "dlm.freeze"):
@@ -86,6 +99,36 @@ class Node:
         client.release()
         self.replica.session_end(client.number, "the test says so", clean)
 
+    # ---- GroupEvents: what the replica hears, and what is stable
+
+    def on_view(self, view: View) -> None:
+        self._stable = 0
+        self._held_back(NOT_YET)
+        self.replica.on_view(view)
+
+    def on_message(self, index: int, sender: Member, payload: bytes) -> None:
+        self._index = index
+        live = self.replica.installed
+        self.replica.on_message(index, sender, payload)
+        if self.replica.installed and not live:
+            self._held_back(index)
+
+    def _held_back(self, index: int) -> None:
+        """What clients were not shown yet is stable with message `index`: indexes begin anew in each view."""
+        for client in self.clients.values():
+            caused = client.caused
+            caused[client.heard :] = [after and index for after in caused[client.heard :]]
+
+    def on_stable(self, index: int) -> None:
+        self._stable = max(self._stable, index)
+        self.replica.on_stable(index)
+
+    def on_fenced(self, member: Member, proof: str) -> None:
+        live = self.replica.installed
+        self.replica.on_fenced(member, proof)
+        if self.replica.installed and not live:
+            self._held_back(self._index)
+
     # ---- ReplicaShell
 
     def to_session(self, session: int, frame: Frame) -> None:
@@ -93,6 +136,13 @@ class Node:
         if self.cluster.listen is not None:
             self.cluster.listen(f"{client.name} is shown {frame!r}")
         lock = client.hear(frame)
+        if not (frame[0] == "refused" and frame[2] in LOCAL_REFUSALS):
+            after = client.caused[client.heard] if client.heard < len(client.caused) else 0
+            client.heard += 1
+            if after > self._stable:
+                raise LockRuleBroken(
+                    "rise-not-held-back", f"{client.name} is shown {frame} before it is stable"
+                )
         if lock:
             self.cluster.check_exclusion(client, lock)
         elif frame[0] == "done":
@@ -203,7 +253,9 @@ class Cluster:
         for node in self.everybody():
             for other in node.clients.values():
                 for other_lock, other_mode in other.held.items():
-                    if may_coexist(mode, other_mode) or other_lock == lock or other.locks[other_lock] != name:
+                    if may_coexist(mode, other_mode) or other.locks[other_lock] != name:
+                        continue
+                    if other is client and other_lock == lock:
                         continue
                     raise LockRuleBroken(
                         "excluding-modes-shown",
@@ -222,12 +274,13 @@ class Cluster:
 
     def check_quiet(self) -> None:
         """Everything delivered: all replicas equal, every operation done or visibly queued, none lost."""
+        for node in self.nodes.values():
+            if node.restart or not node.replica.installed:
+                raise LockRuleBroken("must-restart", f"{node.member.name}: {node.restart or 'not installed'}")
         states = {(node.machine.applied, node.machine.digest()) for node in self.nodes.values()}
         if len(states) != 1:
             raise LockRuleBroken("replicas-differ", f"at rest: {sorted(states)}")
         for node in self.nodes.values():
-            if node.restart or not node.replica.installed:
-                raise LockRuleBroken("must-restart", f"{node.member.name}: {node.restart or 'not installed'}")
             engine = node.machine.engine
             for client in node.clients.values():
                 if client.lost or client.ended:

@@ -271,7 +271,7 @@ class Storm:
         if kind == "request":
             mode = draw.randrange(6)
             flags = int(Flag.EXPEDITE) if mode == 0 and draw.random() < 0.7 else draw.choice(REQUEST_FLAGS)
-            return [*head, draw.randrange(len(NAMES)), mode, flags, draw.random() < 0.8]
+            return [*head, draw.choice((0, 0, 0, 1, 2)), mode, flags, draw.random() < 0.8]
         if kind == "convert":
             return [*head, which, draw.randrange(6), draw.choice(CONVERT_FLAGS), value]
         if kind == "unlock":
