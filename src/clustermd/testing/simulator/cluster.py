@@ -155,6 +155,7 @@ class SimCluster:
         if array is None or not array.process.alive:
             return
         self._end_process(array.process)
+        array.killed = True
         if array.broken_s < 0:
             array.broken_s = self.loop.time()
         array.submitter.process_died(self.plan.late_s)

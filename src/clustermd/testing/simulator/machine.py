@@ -225,6 +225,7 @@ class ArrayProcess:
         self.array: Array | None = None
         self.serving = False
         self.stopping = False
+        self.killed = False
         self.last_slot = -1
         self.joined_s = 0.0
         self.broken_s = -1.0  # when its present life ended, however it did; below zero while it lives

@@ -174,19 +174,19 @@ class Run:
 
     def _gone(self, array: ArrayProcess) -> None:
         """An array process has ended, by death or in order."""
-        served, array.serving = array.last_slot >= 0, False
+        array.serving = False
         writes = self.clients.process_gone(array)
-        if array.stopping and not writes:
-            self.model.close(writes)
+        if not array.killed:
+            self.model.close(writes)  # it let everything land before it ended
         else:
             self.tell(array.machine.name, "process.died", {})
-        if not array.stopping and (served or writes):
-            self.clients.orphaned(array.machine)
-            death = Death(array, writes, array.last_slot, array.broken_s)
-            if all(link.over for link in array.links) and not array.submitter.in_flight:
-                # it died between two lives
-                death.proved_s = array.ended_s if array.ended_s >= 0 else self.loop.time()
-            self._deaths.append(death)
+            if array.last_slot >= 0 or writes:
+                self.clients.orphaned(array.machine)
+                death = Death(array, writes, array.last_slot, array.broken_s)
+                if all(link.over for link in array.links) and not array.submitter.in_flight:
+                    # it died between two lives
+                    death.proved_s = array.ended_s if array.ended_s >= 0 else self.loop.time()
+                self._deaths.append(death)
         self._settle_deaths()
 
     def _ended(self, array: ArrayProcess) -> None:
