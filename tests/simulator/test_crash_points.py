@@ -31,6 +31,15 @@ from clustermd.testing.trace.points import STEPS
 BROKE = (
     # A stop that is cut short while nobody else lives: the lockspace begins anew, with empty value blocks.
     Story("stop", 2, (Kill("7c", "node1", "leave.unlocking", 1, (1,)),)),
+    # The owner of the lowest slot dies in its first join, and who took that slot over dies at the end of doing so.
+    Story(
+        "death",
+        3,
+        (
+            Kill("3b", "node1", "metadata.header", 1, (1,)),
+            Kill("4g", "node3", "takeover.done", 2, (3,), "others", down_s=3.0, detect_s=0.4),
+        ),
+    ),
 )
 
 
@@ -46,6 +55,7 @@ def test_somebody_dies_at_every_step_and_nothing_breaks(nodes: int) -> None:
 
 @pytest.mark.parametrize("story", BROKE, ids=str)
 def test_what_broke_once_holds(story: Story) -> None:
+    """Should code or dice change so much that a death does not come about any more, the story is worth nothing."""
     told = play_story(story)
     assert told.outcome.violation is None
     assert told.fired == list(story.kills)

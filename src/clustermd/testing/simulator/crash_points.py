@@ -253,8 +253,6 @@ class _Teller:
             array = machine.array
             if array is not None and array.process.alive:
                 array.submitter.landing = landing
-                if array.stopping:
-                    run.tell(machine.name, "process.died", {})  # a stop that is cut short is a death
             run.faults[f"crash at {kill.step}"] += 1
             run.kill(machine, kill.detect_s)
             self._steps.gone(machine.name)
