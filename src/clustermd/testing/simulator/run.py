@@ -416,12 +416,8 @@ class Run:
         self._starting = False
         for machine in alive:
             self.cluster.start_lockd(machine)
-        votes = sum(machine.up for machine in machines)
-        if (
-            alive
-            and self.dice.stream("mend").below(2)
-            and (self.plan.durable or votes >= self.cluster.group.majority)
-        ):
+        quorate = self.plan.durable or len(alive) >= self.cluster.group.majority
+        if alive and quorate and self.dice.stream("mend").below(2):
             self._until(lambda: self._at_rest(alone=True), SETTLE_BOUND_S, "the survivors' coming to rest")
             self._check_rest()
         self._starting = True
@@ -477,7 +473,8 @@ class Run:
             if counted != good:
                 words = f"{machine.name} counts {counted} as in sync, the superblocks {good}"
                 self.broken("roles-differ", "I11", Layer.CLUSTER, words, machine.name)
-        if left := sorted(set(self.watch.bits_left()) - owned):
+        left = sorted(set(self.watch.bits_left()) - owned)
+        if left and owned:
             words = f"slots {left} have bits, and nobody who lives owns them"
             self.broken("bits-of-nobody", "I19", Layer.CLUSTER, words, "")
 
