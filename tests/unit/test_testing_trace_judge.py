@@ -41,12 +41,20 @@ def _(s: Story, bad: bool) -> None:
     s.granted("two", "message", "CR", block="0106" if bad else "0107")
 
 
+@story("taken-for-dead-early", Layer.LOCK_MANAGER)
+def _(s: Story, bad: bool) -> None:
+    s.pair().say("two", "process.died")
+    if not bad:
+        s.say("two", "process.drained")
+    s.say("one", "cluster.lost", slot=1, node="two")
+
+
 @story("message-skipped", Layer.CLUSTER)
 def _(s: Story, bad: bool) -> None:
     s.pair().sends("one", "written", 7)
     if not bad:
         s.say("two", "recv.answered", sequence=7, result=0)
-    s.sends("one", "acknowledged", 7).lives_on("two")
+    s.sends("one", "done", 7).lives_on("two")
 
 
 @story("message-twice", Layer.CLUSTER)

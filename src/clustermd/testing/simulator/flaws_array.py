@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,6 @@ from clustermd.array.array import Array
 from clustermd.array.bitmap import Bitmap
 from clustermd.array.bitmap_writer import BitmapWriter
 from clustermd.array.faults import Faults
-from clustermd.array.member_io import Shared, transfer
 from clustermd.array.ranges import Ranges
 from clustermd.array.read import Reader
 from clustermd.array.repair import Repair
@@ -18,7 +18,6 @@ from clustermd.array.request import Request
 from clustermd.array.resync import Resync
 from clustermd.array.sweep import Sweep
 from clustermd.array.write import WriteOp, Writer
-from clustermd.cluster.life import Life
 from clustermd.device.member_device import Gate, GateState, Op
 from clustermd.device.sweep import Sweep as DeviceSweep
 from clustermd.testing.simulator.flaws import Flaw, Patch, flaw
@@ -144,6 +143,10 @@ def _ignore_failures(self: Writer, op: WriteOp) -> None:
     _done(self, op)
 
 
+def _every_failure_is_the_clients(self: Any, op: WriteOp) -> int:
+    return errno.EIO
+
+
 def _frees_its_range(self: Writer, op: WriteOp, error: int) -> None:
     self.in_flight.discard(op)
     op.orphaned = True
@@ -164,16 +167,6 @@ def _answer_after_the_first(self: WriteOp, tag: int, result: int) -> None:
         self.writer.done(self)
 
 
-async def _one_buffer(self: Resync, lo: int, hi: int, length: int) -> Any:
-    shared, tried = Shared(self.state.submitter.pool.take(length)), 0
-    while True:
-        source = self.state.first_copy(lo, hi, tried)
-        assert source is not None
-        if await transfer(self.state, source, Op.READ, lo, length, shared) == length:
-            return source, shared
-        tried |= 1 << source.index
-
-
 def _never_shut(self: Gate, reason: str) -> None:
     if reason == "stopped":
         _shut(self, reason)
@@ -181,18 +174,6 @@ def _never_shut(self: Gate, reason: str) -> None:
 
 def _no_verdict(self: DeviceSweep) -> GateState:
     return GateState.OPEN
-
-
-async def _keep_the_bitmap(self: Array) -> None:
-    bitmap = self.state.bitmap
-    await _drain(self)
-    self.state.bitmap = bitmap
-
-
-def _kick_always(self: BitmapWriter) -> None:
-    bitmap = self.state.bitmap
-    if self._batch is None and bitmap is not None and bitmap.wants_flush:
-        self._start(bitmap.begin_flush())
 
 
 def _pages_without_fua() -> tuple[Patch, ...]:
@@ -238,39 +219,18 @@ FLAWS = (
     flaw("I2c", "clears every bit", (Bitmap, "clear", _clear_whatever_runs)),
     flaw("rule 8", "moves its window while it copies", (Resync, "_steps", _fire_and_forget)),
     flaw("rule 9", "discards without range, window and bits", (Array, "_zero", _discard_at_once)),
-    flaw(
-        "rule 10",
-        "settles while a node may be dead",
-        (Life, "all_settled", property(lambda self: not self.takeovers)),
-    ),
     flaw("rule 10b", "reads any copy at any time", (Reader, "read_first", lambda self, lo, hi: False)),
     flaw("rule 12", "goes on writing after its membership is lost", (Gate, "shut", _never_shut)),
     flaw("rule 12b", "does not look at the gate", (DeviceSweep, "verdict", _no_verdict)),
-    flaw(
-        "rule 12c",
-        "writes an old life's bits in the next one",
-        (BitmapWriter, "kick", _kick_always),
-        (Array, "_drain", _keep_the_bitmap),
-    ),
     flaw("rule 15", "clears bits before the members were flushed", (Sweep, "flush_members", _no_flush)),
     flaw(
         "rule 15b", "counts chunks as copied before they are durable", (Resync, "_flush_touched", _no_flush)
     ),
     Flaw("rule 15c", "writes bitmap pages without FUA", _pages_without_fua),
     flaw(
-        "rule 16",
-        "reads again into a buffer in which an old read may land",
-        (Resync, "_read_source", _one_buffer),
-    ),
-    flaw(
         "rule 16b",
         "gives a range back over a write that may still land",
         (Writer, "finish", _frees_its_range),
-    ),
-    flaw(
-        "rule 16c",
-        "ends a window before all know that the target is out",
-        (Faults, "surely_recorded", _at_once),
     ),
     flaw(
         "rule 17",
@@ -279,6 +239,9 @@ FLAWS = (
         (Faults, "recorded", _at_once),
     ),
     flaw("rule 17b", "takes a failed write for a good one", (Writer, "done", _ignore_failures)),
+    flaw(
+        "rule 17d", "tells the client of a failed member", (Faults, "_verdict", _every_failure_is_the_clients)
+    ),
     flaw("rule 17c", "answers a write when one member has it", (WriteOp, "io_done", _answer_after_the_first)),
     flaw(
         "rule 18", "lets overlapping writes overtake one another", (Ranges, "overlapping", _nobody_before_us)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 from clustermd.array.array import Array
+from clustermd.array.member import Member
 from clustermd.array.metadata import Metadata
 from clustermd.array.windows import Windows
 from clustermd.cluster.channel import Channel
@@ -18,11 +20,12 @@ from clustermd.cluster.slot_lock import OwnSlot, read_block
 from clustermd.dlm.modes import Mode
 from clustermd.dlm.session import SessionLock
 from clustermd.errors import LockRefused, Refused
+from clustermd.ondisk.superblock import Superblock
 from clustermd.testing.simulator.flaws import flaw
 
 _process, _update, _announce = Channel._process, Cluster.metadata_update, Cluster.announce
 _gather, _block_write, _reload = Life._gather, OwnSlot._write, Metadata.reload
-_metadata_write = Metadata._write
+_metadata_write, _build = Metadata._write, Metadata._build
 
 
 def _any_recovery_ends_it(self: Windows, slot: int) -> None:
@@ -139,6 +142,12 @@ async def _events_back(self: Metadata) -> None:
     await _metadata_write(self)
 
 
+def _build_old_ones(self: Metadata, member: Member) -> Superblock:
+    """Every other set of superblocks carries events of long ago."""
+    superblock = _build(self, member)
+    return replace(superblock, events=max(1, superblock.events - superblock.events % 2 * 5))
+
+
 async def _follow_nothing(self: Array, announced: int | None = None) -> None:
     return None
 
@@ -181,5 +190,6 @@ FLAWS = (
     flaw("rule 6b", "does not read a superblock it is told of", (Array, "reload", _follow_nothing)),
     flaw("I12", "writes superblocks from memory", (Metadata, "reload", _first_read_counts)),
     flaw("rule 14", "lets events go back", (Metadata, "_write", _events_back)),
+    flaw("rule 14b", "writes old events", (Metadata, "_build", _build_old_ones)),
     flaw("I13", "lets go of a message it has not read", (Channel, "_blocking", _deaf_to_callbacks)),
 )

@@ -8,25 +8,31 @@ that is left, an exception, a loop that never ends, memory that is written while
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 
 from clustermd.array.array import Array
 from clustermd.array.member_io import Shared
 from clustermd.array.metadata import Metadata
 from clustermd.array.request import Request
-from clustermd.array.sweep import Sweep
 from clustermd.array.write import WriteOp, Writer
 from clustermd.cluster.channel import Channel
+from clustermd.cluster.life import Life
+from clustermd.cluster.messages import Message
+from clustermd.cluster.slot_lock import OwnSlot, slot_lock_name
 from clustermd.device import helpers
 from clustermd.dlm import resource as resource_module
 from clustermd.dlm.engine import Engine
 from clustermd.dlm.modes import COMPATIBLE, Mode
 from clustermd.dlm.resource import Resource
 from clustermd.dlm.space import Space
+from clustermd.errors import LockRefused
+from clustermd.testing.simulator.boxes import SimSubmitter
 from clustermd.testing.simulator.flaws import Flaw, Patch, flaw
+from clustermd.testing.simulator.model import Model
 
-_stop, _start, _reload, _once = Array.stop, Writer.start, Array.reload, Sweep.once
-_lose, _end, _leave = Engine.lose_sessions, Engine.end_sessions, Engine.leave
+_stop, _start = Array.stop, Writer.start
+_lose, _end = Engine.lose_sessions, Engine.end_sessions
 _received = Channel._process
 
 _TOO_COMPATIBLE = COMPATIBLE | {
@@ -38,6 +44,14 @@ def _first_slot(self: Space, max_slots: int) -> int | None:
     """The lowest slot that no member has; a zombie's is given away."""
     taken = {seat.slot for seat in self.members()}
     return next((slot for slot in range(1, max_slots + 1) if slot not in taken), None)
+
+
+async def _claim_nothing(lockspace: Any, slot: int) -> OwnSlot:
+    """Takes the slot's lock if it is free, and goes on without it if not."""
+    lock = await lockspace.lock(slot_lock_name(slot), Mode.NL, value_block=True)
+    with suppress(LockRefused):
+        await lock.convert(Mode.PW, noqueue=True)
+    return OwnSlot(lock)
 
 
 def _purge_when_lost(self: Engine, keys: Any) -> None:
@@ -65,10 +79,12 @@ def _keep_the_buffer(self: Shared) -> None:
     self._users -= 1
 
 
-async def _slip(self: Sweep) -> int:
-    if self.state.counters.data_writes > 3:
-        raise RuntimeError("a slip")
-    return await _once(self)
+def _model_slip(self: Model, write: Any, error: int) -> None:
+    raise ValueError("a slip")
+
+
+async def _slip(self: Life, message: Message) -> int:
+    raise RuntimeError("a slip")
 
 
 def _again_and_again(self: Array) -> None:
@@ -147,7 +163,12 @@ FLAWS = (
         "dlm grants", "grants PW and EX against each other", (resource_module, "COMPATIBLE", _TOO_COMPATIBLE)
     ),
     flaw("dlm value block", "loses value blocks", (Resource, "_write_lvb", _write_no_block)),
-    flaw("dlm slots", "gives a zombie's slot away", (Space, "free_slot", _first_slot)),
+    flaw(
+        "dlm slots",
+        "gives a zombie's slot away",
+        (Space, "free_slot", _first_slot),
+        (OwnSlot, "claim", _claim_nothing),
+    ),
     flaw("dlm fencing", "takes who is lost for dead", (Engine, "lose_sessions", _purge_when_lost)),
     flaw(
         "dlm leave",
@@ -155,9 +176,15 @@ FLAWS = (
         (Engine, "leave", _keep_its_locks),
         (Engine, "end_sessions", lambda *args, **how: None),
     ),
+    flaw(
+        "a proof",
+        "proves a death before the last request has landed",
+        (SimSubmitter, "in_flight", property(lambda self: 0)),
+    ),
+    flaw("a model", "slips in the simulator itself", (Model, "answered", _model_slip)),
     flaw("a task", "leaves a task behind", (Array, "stop", _leave_a_task)),
     flaw("a buffer", "keeps a buffer", (Shared, "drop", _keep_the_buffer)),
-    flaw("an exception", "raises where nobody expects it", (Sweep, "once", _slip)),
+    flaw("an exception", "raises where nobody expects it", (Life, "_resyncing_elsewhere", _slip)),
     flaw("a loop", "runs for ever", (Array, "wake_resync", _again_and_again)),
     flaw("a sector", "writes beside where it was asked to", (Writer, "start", _write_elsewhere)),
     flaw("memory", "writes to memory that a disk reads", (Writer, "start", _scribble)),

@@ -58,6 +58,12 @@ async def _nothing_below_chunk_1(self: Slots, slot: int) -> list[int]:
     return chunks
 
 
+async def _take_over_and_copy_nothing(self: Slots, slot: int) -> list[int]:
+    await _merge(self, slot)
+    self.state.the_bitmap().unreconciled.clear()
+    return []
+
+
 def _balanced_below_lo(self: Reader, lo: int, hi: int) -> bool:
     """The lowest dirty chunk is looked for with 0 meaning none; everything above it is read from the first copy."""
     bitmap = self.state.the_bitmap()
@@ -123,19 +129,8 @@ async def _everything_is_vacant(lockspace: Any, slot: int, mode: Mode = Mode.PW)
     return _Nothing()
 
 
-def _believe(self: Slots, areas: dict[int, bytes], slot: int) -> tuple[Any, list[int]]:
-    area = areas[self.state.in_sync[0].index]
-    return self.template, list(self._geometry().dirty_chunks(area))
-
-
 def _balance_at_once(self: Array) -> None:
     self.state.settled = True
-
-
-async def _merge_and_balance(self: Slots, slot: int) -> list[int]:
-    chunks = await _merge(self, slot)
-    self.state.settled = True
-    return chunks
 
 
 def _auto_read_only(self: Resync) -> str | None:
@@ -176,17 +171,10 @@ FLAWS = (
     flaw("F5", "gives a takeover up that failed", (Life, "_insist", _give_up_at_once)),
     flaw("F13", "merges the bitmap of a living node", (life_module, "try_vacant", _everything_is_vacant)),
     flaw("F27", "marks chunks in memory without bits on disk", (Bitmap, "mark", _in_memory_only)),
-    flaw("F30", "believes a bitmap that is not valid", (Slots, "_join", _believe)),
     flaw(
         "F33",
         "balances reads before the dead node's bits are merged",
         (Array, "set_unsettled", _balance_at_once),
-    ),
-    flaw(
-        "F33b",
-        "balances reads when bits are merged but not copied",
-        (Slots, "merge", _merge_and_balance),
-        (Reader, "read_first", lambda self, lo, hi: not self.state.settled),
     ),
     flaw("F35", "leaves with bits and says nothing", (Life, "leave", _leave_without_a_word)),
     flaw("F36", "leaves the source as it is for others to take again", (Slots, "merge", _leave_the_source)),
@@ -197,6 +185,7 @@ FLAWS = (
         (Slots, "merge", _into_what_is_there),
     ),
     flaw("rule 1", "serves before vacant slots are merged", (Life, "_gather", _gather_nothing)),
+    flaw("rule 2", "copies nothing of what it took over", (Slots, "merge", _take_over_and_copy_nothing)),
     flaw(
         "rule 4",
         "ends a dead node's window before its bits are merged",

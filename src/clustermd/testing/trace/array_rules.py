@@ -307,6 +307,7 @@ class GatePassed(RuleOverLives):
         "gate.open",
         "gate.held",
         "gate.shut",
+        "array.lost",
         "write.issue",
         "write.member",
         "bitmap.flush",
@@ -321,7 +322,7 @@ class GatePassed(RuleOverLives):
 
     def see(self, event: Event) -> Sequence[Violation]:
         name = event.name
-        if name in ("gate.held", "gate.shut"):
+        if name in ("gate.held", "gate.shut", "array.lost"):
             self._closed.setdefault(event.node, {})
             return ()
         if name in ("gate.open", "array.assembled"):

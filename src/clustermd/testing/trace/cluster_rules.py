@@ -14,11 +14,14 @@ from clustermd.testing.trace.lock_rules import holds
 
 
 class MessageSkipped(RuleOverLives):
-    """When a message is acknowledged, every member that was armed before it was written has processed it."""
+    """When a message counts as sent, every member that was armed before it was written has processed it.
+
+    `send.acknowledged` only says that all let go of it: the sender reads their answers next, and may find one missing.
+    """
 
     rule = "message-skipped"
     spec = "I13"
-    names: tuple[str, ...] = ("send.written", "send.acknowledged", "recv.answered")
+    names: tuple[str, ...] = ("send.written", "send.done", "recv.answered")
 
     def __init__(self, lives: Lives) -> None:
         super().__init__(lives)
@@ -44,7 +47,7 @@ class MessageSkipped(RuleOverLives):
             if other.answered == fields["sequence"] or other.over or other.deaf:
                 continue
             message = (
-                f"{fields['type']} number {fields['sequence']} of {event.node} is acknowledged, but {other} "
+                f"{fields['type']} number {fields['sequence']} of {event.node} counts as sent, but {other} "
                 f"has processed none after number {other.answered}"
             )
             found += self.lives.broken(self.violation(event, message, number), other)

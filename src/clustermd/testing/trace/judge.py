@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from clustermd.testing.trace import array_rules, cluster_rules, window_rules
 from clustermd.testing.trace.events import Event, Rule, Violation
 from clustermd.testing.trace.lives import Lives
-from clustermd.testing.trace.lock_rules import IncompatibleGrant, StaleValueBlock
+from clustermd.testing.trace.lock_rules import IncompatibleGrant, StaleValueBlock, TakenForDeadEarly
 
 MOST_VIOLATIONS = 1000
 """A trace that breaks more rules than that is not judged on: the first ones say enough."""
@@ -28,6 +28,7 @@ def all_rules(lives: Lives) -> list[Rule]:
     makers: tuple[Callable[[Lives], Rule], ...] = (
         IncompatibleGrant,
         StaleValueBlock,
+        TakenForDeadEarly,
         *cluster_rules.RULES,
         *window_rules.RULES,
         *array_rules.RULES,

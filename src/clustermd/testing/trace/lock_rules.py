@@ -113,6 +113,39 @@ class StaleValueBlock(RuleOverLives):
         return (self.violation(event, message, written.number),)
 
 
+class TakenForDeadEarly(RuleOverLives):
+    """Members learn of a death only when nothing of the dead process can land any more.
+
+    Only who records a whole cluster knows that moment (`process.drained`).
+    """
+
+    rule = "taken-for-dead-early"
+    spec = "I22"
+    layer = Layer.LOCK_MANAGER
+    names: tuple[str, ...] = ("process.died", "process.drained", "cluster.lost")
+
+    def __init__(self, lives: Lives) -> None:
+        super().__init__(lives)
+        self._dying: dict[Life, int] = {}
+
+    def see(self, event: Event) -> Sequence[Violation]:
+        life = self.lives.of.get(event.node)
+        if event.name == "process.died":
+            if life is not None and life.dead and not life.over and life.joined:
+                self._dying[life] = event.number
+            return ()
+        if event.name == "process.drained":
+            for dead in [dead for dead in self._dying if dead.node == event.node]:
+                del self._dying[dead]
+            return ()
+        slot, node = event.fields["slot"], event.fields["node"]
+        for dead, number in self._dying.items():
+            if dead.node == node and dead.slot == slot:
+                message = f"{event.node} is told that {node} in slot {slot} is dead, and what it sent can still land"
+                return (self.violation(event, message, number),)
+        return ()
+
+
 @dataclass(frozen=True, slots=True)
 class _Block:
     """A value block as it was written, by which lock of whom, and the mode that was given up with it."""
