@@ -179,6 +179,7 @@ class SimGroup:
         self.lost: dict[Member, str] = {}  # lost members, with the proof once there is one
         self.on_lost: Callable[[], None] = lambda: None  # somebody may be lost whose end must be proved
         self.frozen = False
+        self.unproved: set[Member] = set()  # whoever was in a quorate view and may still act
         self._goodbyes: dict[Member, Left] = {}
         self._ring = 0
         self._cut_off: set[int] = set()  # node numbers that do not hear the others
@@ -209,6 +210,7 @@ class SimGroup:
     def leave(self, port: Port) -> None:
         """A goodbye."""
         self._drop(port)
+        self.unproved.discard(port.me)
         self.reconfigure(left={port.me: Left.LEFT})
 
     def lose(self, port: Port) -> None:
@@ -247,6 +249,7 @@ class SimGroup:
             waiting.discard(port)
             if not waiting:
                 self.lost.pop(member, None)
+                self.unproved.discard(member)
 
         for port in component.ports:
             port.tell(Entry(deliver))
@@ -336,12 +339,13 @@ class SimGroup:
         component = Component(self, (self._ring, 1 + int(side)), ports, quorate)
         members = tuple(port.me for port in ports)
         if quorate:
-            # whoever was heard of in a quorate view and is not here is lost
-            for port in quorate_before:
-                if port not in ports:
-                    self.lost.setdefault(port.me, "")
+            # whoever ever acted in a quorate view and neither left nor is proved dead may act still
+            for member in sorted(self.unproved):
+                if member not in members:
+                    self.lost.setdefault(member, "")
             for member in members:
                 self.lost.pop(member, None)
+            self.unproved.update(members)
         gone = dict(left) | {member: Left.LOST for member in self.lost if member not in members}
         joined = tuple(port.me for port in ports if port not in quorate_before)
         view = View(
