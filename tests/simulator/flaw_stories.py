@@ -7,6 +7,7 @@ run takes some hundredths of a second, and no scenario hangs on one particular s
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +23,7 @@ from clustermd.dlm.session import SessionLock
 from clustermd.errors import LockRefused, Refused
 from clustermd.testing.simulator.atlas import draw_plan
 from clustermd.testing.simulator.dice import Dice
-from clustermd.testing.simulator.flaws import Patch, patched
+from clustermd.testing.simulator.flaws import Patch, all_flaws, patched
 from clustermd.testing.simulator.plan import Plan, Step
 from clustermd.testing.simulator.run import Outcome, Run
 from clustermd.testing.simulator.workload import draw_work
@@ -458,3 +459,20 @@ SCENARIOS = (
     Scenario("a message", "message-differs", dying_writer),
     Scenario("half a write", "difference-without-bit|acknowledged-write-lost|members-differ", dying_writer),
 )
+
+
+def table() -> None:
+    """Print which rule each flaw breaks, and in which run of its scenario: the table of `docs/flaws.md`."""
+    logging.getLogger("clustermd").addHandler(logging.NullHandler())
+    for scenario in SCENARIOS:
+        flaw = all_flaws()[scenario.flaw]
+        for seed in range(scenario.tries):
+            violation = scenario.play(seed, *flaw.make()).violation
+            if violation is not None and violation.rule in scenario.rules.split("|"):
+                words = f"`{violation.rule}` ({violation.layer.value})"
+                print(f"| {flaw.name} | {flaw.says} | {words} | {seed + 1} |", flush=True)
+                break
+
+
+if __name__ == "__main__":
+    table()
