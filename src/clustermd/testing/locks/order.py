@@ -18,7 +18,7 @@ from collections.abc import Callable
 from clustermd.group.process_group import Busy, GroupEvents, Left, Member, View, Witness
 from clustermd.testing.locks.rules import LockRuleBroken
 
-ROUNDS_MAX = 100_000
+ROUNDS_MAX = 20_000
 """Rounds of everybody's next message until nothing moves: far more than any test needs."""
 
 Event = Callable[[GroupEvents], None]

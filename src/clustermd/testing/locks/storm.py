@@ -362,7 +362,9 @@ class Storm:
         elif any(member.node == node.member.node for member in cluster.nodes):
             return False  # its node has begun another life
         elif not all(
-            other.replica.installed and _member_key(node) not in other.machine.members
+            other.replica.installed
+            and _member_key(node) not in other.machine.members
+            and other.machine.epoch > node.machine.epoch
             for other in cluster.nodes.values()
         ):
             return False  # nobody could tell it that they went on without it
