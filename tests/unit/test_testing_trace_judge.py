@@ -360,6 +360,17 @@ def test_a_fault_that_is_on_no_disk_is_no_record() -> None:
     assert s.answers("one", 0, 8).rules() == ["answer-before-record"]
 
 
+@pytest.mark.parametrize("hi", [0, 64])
+def test_a_joiner_that_reads_no_window_forgets_the_one_it_heard_of(hi: int) -> None:
+    s = (
+        Story()
+        .pair()
+        .say("two", "window.set", slot=0, lo=0, hi=64)
+        .say("two", "join.window", slot=0, lo=0, hi=hi)
+    )
+    assert s.begins("two", 0, 8, 0).rules() == (["write-in-foreign-window"] if hi else [])
+
+
 # --- the judge --------------------------------------------------------------------------------------------------
 
 

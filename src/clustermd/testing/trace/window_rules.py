@@ -29,6 +29,7 @@ class WriteInForeignWindow(RuleOverLives):
         "write.redo",
         "window.set",
         "window.end",
+        "join.window",
         "resync.announce",
         "resync.window",
         "resync.finishing",
@@ -49,6 +50,7 @@ class WriteInForeignWindow(RuleOverLives):
             "write.redo": self._done,
             "window.set": self._set,
             "window.end": self._end,
+            "join.window": self._read,
             "resync.announce": self._sender_ends,
             "resync.finishing": self._sender_ends,
             "resync.right_given": self._sender_ends,
@@ -125,6 +127,10 @@ class WriteInForeignWindow(RuleOverLives):
     def _end(self, event: Event, life: Life) -> Sequence[Violation]:
         self._known.get(life, {}).pop(event.fields["slot"], None)
         return ()
+
+    def _read(self, event: Event, life: Life) -> Sequence[Violation]:
+        """A joiner that reads no window may have heard of one: its block is cleared before "finished" is said."""
+        return self._end(event, life) if event.fields["hi"] <= event.fields["lo"] else ()
 
     def _acknowledged(self, event: Event, life: Life) -> Iterable[Violation]:
         window = (event.fields["lo"], event.fields["hi"])
