@@ -262,9 +262,12 @@ class Array:
                     await self.activity.mark(True)
             except ClusterLost:
                 continue
-            except OSError as error:
-                if error.errno != errno.ESHUTDOWN:
+            except (Refused, OSError) as error:
+                if not isinstance(error, OSError) or error.errno != errno.ESHUTDOWN:
                     state.log.warning("a sweep failed: %s", error)
+            except Exception:
+                # Nobody waits for this task: were it to end here, no bit would ever be cleared again.
+                state.log.exception("a sweep failed unexpectedly, the next one tries again")
 
     async def _publish_faults(self) -> None:
         await self.metadata.update()

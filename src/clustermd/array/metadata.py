@@ -95,7 +95,9 @@ class Metadata:
                 member.why = ""
         self.state.unpublished = False
         self.state.refresh()
-        await self.reload()
+        await self.reload(
+            ours=True
+        )  # what cannot be read is judged by `check_complete`, once it is known who else is here
 
     async def reload(self, *, ours: bool = False, announced: int | None = None) -> None:
         """Read every superblock that can be read and adopt the newest one's roles.

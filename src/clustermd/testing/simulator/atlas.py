@@ -133,8 +133,8 @@ def _stop(run: Run, args: dict[str, Any]) -> None:
 
 
 def _pause(run: Run, args: dict[str, Any]) -> None:
-    """A machine stands still (SIGSTOP, a stalled hypervisor). The group gives it up after a while; if it slept through its
-    own exclusion it is killed or fenced at the boxes before anybody relies on that."""
+    """A machine stands still (SIGSTOP, a stalled hypervisor). The group gives it up after a while. One that slept
+    through its own exclusion goes on for a while, too. Limit: before anybody relies on its end it is killed, or fenced at the boxes."""
     machine = run.cluster.machines[args["node"]]
     if machine.up and not machine.paused:
         run.pause(machine, args["for_s"], args["detect_s"])

@@ -21,6 +21,8 @@ from clustermd.testing.simulator.plan import Plan
 
 PROOF_POLL_S = 0.02
 AUDIT_S = 2.0
+GRACE_S = (0.01, 0.5, 3.0, 9.0)
+"""How long an excluded process goes on before somebody ends it."""
 RESTART_S = 0.2
 START_AGAIN_S = 1.0
 
@@ -49,6 +51,9 @@ class SimCluster:
         self.on_started: Callable[[ArrayProcess], None] = lambda array: None
         self.on_gone: Callable[[ArrayProcess], None] = lambda array: None
         self.on_ended: Callable[[ArrayProcess], None] = lambda array: None  # proved, however it came
+        self.on_excluded: Callable[[ArrayProcess], None] = lambda array: (
+            None
+        )  # alive, and the boxes refuse it
         self.restarts = True
         self._cut: set[int] = set()
         self._incarnation = 0
@@ -85,6 +90,9 @@ class SimCluster:
     def point(self, machine: Machine, process: Process, name: str, fields: dict[str, Any]) -> None:
         if not process.alive:
             return
+        array = machine.array
+        if array is not None and array.excluded and process is array.process:
+            return  # what it believes counts for nobody
         self.listener(machine, name, fields)
         if not process.alive:
             raise Crashed(name)
@@ -275,28 +283,53 @@ class SimCluster:
             lockd.proving = False  # it is back
             return
         waited_s = self.loop.time() - since_s
-        if not lockd.process.alive and all(attached.drained() for attached in lockd.witnesses):
+        over = not lockd.process.alive or self._fences_at_boxes
+        if over and all(attached.drained() for attached in lockd.witnesses):
             for attached in lockd.witnesses:
                 if not attached.released:
                     attached.array.submitter.life_over = True
             for attached in lockd.witnesses:
                 self.on_ended(attached.array)
             lockd.proving = False
-            self.group.fence(member, "its last request has landed")
+            self.group.fence(member, "nothing of it can land any more")
             return
         if waited_s >= self.plan.fence_after_s:
             self._fence(lockd)
         self.loop.later(PROOF_POLL_S, self._prove, lockd, since_s)
 
     def _fence(self, lockd: Lockd) -> None:
-        """Make an end that does not come by itself."""
+        """Make an end that does not come by itself: kill what lives, or let the boxes take nothing of it any more.
+
+        In the second case it may well live on, as a node that slept through its own exclusion does: whatever it still
+        tries is refused. Somebody ends it after a while.
+        """
         for attached in lockd.witnesses:
-            if not attached.ended and attached.array.process.alive:
-                self.kill_array(attached.array.machine)
-            if self.plan.storage_fence and not attached.drained():
-                attached.array.cut_off()
-        if lockd.process.alive:
+            array = attached.array
+            if attached.drained():
+                continue
+            if not self._fences_at_boxes:
+                self.kill_array(array.machine)
+                if self.plan.storage_fence:
+                    array.cut_off()
+            elif array.process.alive:
+                array.cut_off()
+                self.on_excluded(array)
+                self.loop.later(GRACE_S[self.fate.below(len(GRACE_S))], self._end_excluded, array)
+            else:
+                array.cut_off()
+        if lockd.process.alive and not self._fences_at_boxes:
             self.kill_lockd(lockd.machine, 0.001)
+
+    @property
+    def _fences_at_boxes(self) -> bool:
+        """A sequencer on the same machine kills; only machines apart need the boxes' help."""
+        return self.plan.storage_fence and not self.plan.durable
+
+    def _end_excluded(self, array: ArrayProcess) -> None:
+        machine = array.machine
+        if array.process.alive and machine.array is array:
+            self.kill_array(machine)
+            self.loop.later(START_AGAIN_S, self._start_array_if_up, machine)
 
     # --- the end -------------------------------------------------------------------------------------------------
 

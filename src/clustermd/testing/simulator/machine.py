@@ -47,7 +47,8 @@ class Attached:
 
     def drained(self) -> bool:
         """Whether nothing that its process did in this session can land any more."""
-        return self.released or (not self.array.process.alive and not self.array.submitter.in_flight)
+        array = self.array
+        return self.released or array.excluded or (not array.process.alive and not array.submitter.in_flight)
 
 
 class Lockd:
@@ -152,8 +153,6 @@ class SimLink:
             lambda: lockd.session_lost(self._attached),
         )
         array.links.append(self)
-        for path in array.paths:
-            path.fenced = False  # a new life is let in again
         if lockd.suspended_by:
             self._back.send(("suspended", lockd.suspended_by))
 
@@ -226,6 +225,7 @@ class ArrayProcess:
         self.serving = False
         self.stopping = False
         self.killed = False
+        self.excluded = False  # the boxes refuse whatever it does
         self.last_slot = -1
         self.joined_s = 0.0
         self.broken_s = -1.0  # when its present life ended, however it did; below zero while it lives
@@ -294,6 +294,7 @@ class ArrayProcess:
 
     def cut_off(self) -> None:
         """Storage fencing: the boxes take nothing more of this process, nor what is on its way."""
+        self.excluded = True
         for path in self.paths:
             path.fenced = True
         self.submitter.cut_off()

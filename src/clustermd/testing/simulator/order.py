@@ -346,7 +346,9 @@ class SimGroup:
             for member in members:
                 self.lost.pop(member, None)
             self.unproved.update(members)
-        gone = dict(left) | {member: Left.LOST for member in self.lost if member not in members}
+        # a minority cannot know who is lost, and nothing that it is told counts
+        lost = self.lost if quorate else ()
+        gone = dict(left) | {member: Left.LOST for member in lost if member not in members}
         joined = tuple(port.me for port in ports if port not in quorate_before)
         view = View(
             component.ring, members, joined, tuple(sorted(gone.items(), key=lambda item: item[0])), quorate

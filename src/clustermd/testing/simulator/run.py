@@ -97,6 +97,7 @@ class Run:
         self.cluster.on_started = lambda array: self._settle_deaths()
         self.cluster.on_gone = self._gone
         self.cluster.on_ended = self._ended
+        self.cluster.on_excluded = self._excluded
         self.model = Model(plan.array_sectors)
         self.clients = Clients(self.cluster, self.model, self._calm, self._client_failed)
         self.watch.begin(self.cluster.boxes, plan.chunk_bytes, plan.slots)
@@ -178,7 +179,7 @@ class Run:
         writes = self.clients.process_gone(array)
         if not array.killed:
             self.model.close(writes)  # it let everything land before it ended
-        else:
+        elif not array.excluded or writes:
             self.tell(array.machine.name, "process.died", {})
             if array.last_slot >= 0 or writes:
                 self.clients.orphaned(array.machine)
@@ -189,13 +190,23 @@ class Run:
                 self._deaths.append(death)
         self._settle_deaths()
 
+    def _excluded(self, array: ArrayProcess) -> None:
+        """The boxes refuse a process that lives on: for all others it is dead, and its clients' writes are in doubt."""
+        self.tell(array.machine.name, "process.died", {})
+        array.serving = False
+        if array.broken_s < 0:
+            array.broken_s = self.loop.time()
+        self.clients.orphaned(array.machine)
+        self._deaths.append(Death(array, self.clients.process_gone(array), array.last_slot, array.broken_s))
+
     def _ended(self, array: ArrayProcess) -> None:
         """Nothing of that array process, or of a former life of it, can land any more."""
         array.ended_s = self.loop.time()
-        if not array.process.alive and not array.submitter.in_flight:
+        over = array.excluded or (not array.process.alive and not array.submitter.in_flight)
+        if over:
             self.tell(array.machine.name, "process.drained", {})
         for death in self._deaths:
-            if death.array is array and death.proved_s < 0 and not array.submitter.in_flight:
+            if death.array is array and death.proved_s < 0 and (over or not array.submitter.in_flight):
                 death.proved_s = self.loop.time()
         self._settle_deaths()
 
@@ -412,7 +423,11 @@ class Run:
     def _rest_of_survivors(self) -> None:
         """What a death or a stop leaves is the business of those that stay, whether anybody comes back or not."""
         machines = self.cluster.machines.values()
-        alive = [machine for machine in machines if machine.array is not None and machine.array.process.alive]
+        alive = [
+            machine
+            for machine in machines
+            if machine.array is not None and machine.array.process.alive and not machine.array.excluded
+        ]
         self._starting = False
         for machine in alive:
             self.cluster.start_lockd(machine)
