@@ -34,6 +34,7 @@ RELOADS = 4
 """How often a node tries to read an announced superblock before it fails the members that it cannot read."""
 OUTVOTED = ("superblock-unconfirmed", "faults-conflict")
 REQUEST_S = 1.0
+LOOK_AGAIN_S = 0.05
 
 
 def _seen(task: asyncio.Future[None]) -> None:
@@ -139,9 +140,9 @@ class Life:
                     self.array.set_window(slot, block.lo, block.hi)
                     self.trace.point("join.window", slot=slot, lo=block.lo, hi=block.hi)
                 return
-            # Neither vacant nor a member's: somebody takes it over at this moment. Wait for that.
-            lock = await self._lockspace.lock(slot_lock_name(slot), Mode.PW, value_block=True)
-            await lock.unlock()
+            # Neither vacant nor a member's: somebody takes it over at this moment. Look again, and do not queue for PW:
+            # a new member may own it next, and whoever reads its block would have to wait behind us for ever.
+            await asyncio.sleep(LOOK_AGAIN_S)
 
     async def leave(self, handover: bool) -> None:
         """Say what must be said, then let go of everything in the order that survivors rely on."""
