@@ -306,7 +306,7 @@ class Array:
                     self.state.log.warning("joining again failed: %s", error)
                     self.changed()
                     self.state.gate.shut("joining again failed")
-                    await self.state.submitter.drained()
+                    await self._drain()
                     # A member with a shut gate can follow no message, and may hold bits that others must copy.
                     await self.coordinator.abandon()
                     await asyncio.sleep(delay_s)

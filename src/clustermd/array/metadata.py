@@ -93,6 +93,7 @@ class Metadata:
                     continue
                 member.faulty = False
                 member.why = ""
+                self.state.trace.point("member.trusted", number=member.number)
         self.state.unpublished = False
         self.state.refresh()
         await self.reload(

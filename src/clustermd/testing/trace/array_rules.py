@@ -252,6 +252,7 @@ class AnswerBeforeRecord(RuleOverLives):
     names: tuple[str, ...] = (
         "array.assembled",
         "member.failed",
+        "member.trusted",
         "metadata.adopted",
         "metadata.written",
         "write.done",
@@ -270,6 +271,8 @@ class AnswerBeforeRecord(RuleOverLives):
                 self._recorded[event.node] = set()
             case "member.failed":
                 self._failed.setdefault(event.node, {}).setdefault(fields["number"], event.number)
+            case "member.trusted":
+                self._failed.setdefault(event.node, {}).pop(fields["number"], None)
             case "metadata.adopted" | "metadata.written":
                 self._recorded.setdefault(event.node, set()).update(fields["faulty"])
             case "write.done":
