@@ -64,6 +64,7 @@ class Lockd:
         self.replica = Replica(self, self.trace)
         self.replica.attach(self.port)
         self.port.events = self.replica
+        self.port.stateful = lambda: self.replica._has_state
         self.sessions: dict[int, Attached] = {}
         self.witnesses: list[Attached] = []
         self.suspended_by = ""

@@ -51,6 +51,7 @@ class Port:
         self.heard = 0
         self.told_stable = 0
         self.slow_s = 0.0
+        self.stateful: Callable[[], bool] = lambda: True  # whether it kept what former views agreed on
         self._delivering = False
         self._accepting = False
 
@@ -235,6 +236,11 @@ class SimGroup:
             self.lost[member] = proof
             for component in self.components:
                 self._say_fenced(component, member)
+            if any(
+                len(component.ports) >= self.majority and not component.quorate
+                for component in self.components
+            ):
+                self.reconfigure()
 
     def _say_fenced(self, component: Component, member: Member) -> None:
         """All of this view must hear it, else it is said again in the next one."""
@@ -336,7 +342,6 @@ class SimGroup:
         divided: bool,
     ) -> Component:
         quorate = len(ports) >= self.majority or (self.durable and not divided)
-        component = Component(self, (self._ring, 1 + int(side)), ports, quorate)
         members = tuple(port.me for port in ports)
         if quorate:
             # whoever ever acted in a quorate view and neither left nor is proved dead may act still
@@ -345,7 +350,10 @@ class SimGroup:
                     self.lost.setdefault(member, "")
             for member in members:
                 self.lost.pop(member, None)
+            quorate = self.durable or self._may_act(ports)
+        if quorate:
             self.unproved.update(members)
+        component = Component(self, (self._ring, 1 + int(side)), ports, quorate)
         # a minority cannot know who is lost, and nothing that it is told counts
         lost = self.lost if quorate else ()
         gone = dict(left) | {member: Left.LOST for member in lost if member not in members}
@@ -358,6 +366,15 @@ class SimGroup:
             port.heard = port.told_stable = 0
             port.tell(_view(view))
         return component
+
+    def _may_act(self, ports: list[Port]) -> bool:
+        """A majority acts only if it surely knows all that any majority did before it (dlm.md 6.6).
+
+        It does if a majority of votes kept their state. Else somebody who is absent may know more, and act on it:
+        that one must be proved dead first.
+        """
+        stateful = sum(port.stateful() for port in ports)
+        return stateful >= self.majority or all(self.lost.values())
 
 
 def _view(view: View) -> Entry:
