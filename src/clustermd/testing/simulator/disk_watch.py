@@ -129,7 +129,7 @@ class DiskWatch(Watcher):
 
     def submitted(self, io: Io) -> None:
         """Data goes out only when its bits stand on every member that the sender writes to (I1)."""
-        if io.op is Op.READ or io.op is Op.FLUSH or io.lo < self._data_at:
+        if io.op is Op.READ or io.op is Op.FLUSH or io.lo < self._data_at or io.path.fenced:
             return
         array = io.submitter.array
         if array is None:
