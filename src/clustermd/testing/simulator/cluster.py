@@ -42,7 +42,7 @@ class SimCluster:
         self.pipes = dice.stream("pipes")
         self.fate = dice.stream("cluster")
         self.group = SimGroup(loop, dice, plan.nodes, durable=plan.durable)
-        self.group.on_lost = self.watch_lost
+        self.group.on_lost = lambda: loop.later(0.0, self.watch_lost)
         self.boxes = [
             Box(f"box{number}", plan.data_offset_sectors + plan.array_sectors, dice, watcher)
             for number in range(plan.members)
