@@ -12,7 +12,10 @@ from clustermd.array.bitmap import Bitmap
 from clustermd.cli.command import UsageError
 from clustermd.cli.simulate import run
 from clustermd.testing.simulator.campaign import Summary, campaign, play_seed
+from clustermd.testing.simulator.crash_points import Report
+from clustermd.testing.simulator.crash_stories import Told
 from clustermd.testing.simulator.kept import load, replay
+from clustermd.testing.trace.events import Layer, Violation
 from clustermd.testing.trace.points import STEPS
 
 
@@ -40,6 +43,10 @@ def data_first(monkeypatch: pytest.MonkeyPatch) -> None:
         ["--jobs", "0", "--seeds", "1..2"],
         ["--seed", "1", "--seeds", "1..2"],
         ["--trace", "--seeds", "1..2"],
+        ["--crash-points", "--seed", "1"],
+        ["--crash-points", "--shrink"],
+        ["--crash-points", "--nodes", "0,1"],
+        ["--nodes", "2"],
     ],
 )
 def test_what_cannot_be_understood_is_refused(words: list[str]) -> None:
@@ -56,7 +63,7 @@ def test_some_seeds_for_a_person_and_for_a_program(capsys: pytest.CaptureFixture
     assert run(["--seeds=1..6", "--jobs=2"]) == 0
     page = capsys.readouterr().out
     assert page.startswith("seeds 1..6, 2 processes\n")
-    assert "6 runs" in page and "violations: none" in page and "crash points of appendix D" in page
+    assert "6 runs" in page and "violations: none" in page and "of 30 passed" in page
     assert run(["--seeds", "1..6", "--jobs", "1", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["simulation"]
     assert told["runs"] == 6 and told["violations"] == [] and told["peak_rss_bytes"] > 1 << 20
@@ -67,6 +74,34 @@ def test_some_seeds_for_a_person_and_for_a_program(capsys: pytest.CaptureFixture
 def test_fresh_seeds_end_with_their_time(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--minutes", "0.02", "--jobs", "1"]) == 0
     assert "for 0.02 minutes" in capsys.readouterr().out
+
+
+def test_crash_points_for_a_person_and_for_a_program(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--crash-points", "--nodes=1", "--depth=0"]
+    assert run([*words, "--jobs=2"]) == 0
+    page = capsys.readouterr().out
+    assert page.startswith("a death at every crash point, with 1 nodes, depth 0, 2 processes\n")
+    assert all(f"\n{step.id} " in page for step in STEPS) and page.endswith("violations: none\n")
+    assert run([*words, "--jobs=1", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["crash_points"]
+    assert told["violations"] == told["missing"] == told["not_fired"] == []
+    assert told["steps"]["1b"] == {"first": {"1": 3}, "second": {"1": 0}}
+    assert f"\n{told['runs']} runs, " in page, "as many with one process as with two"
+
+
+def test_a_crash_point_that_breaks_a_rule_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_good(self: Report, told: Told) -> None:
+        right(self, told)
+        if told.story.kills:
+            self.violations.append((told.story, Violation("a-rule", "I0", Layer.ARRAY, "broken", "", 0.0)))
+
+    right = Report.add
+    monkeypatch.setattr(Report, "add", none_good)
+    assert run(["--crash-points", "--nodes=1", "--depth=0", "--jobs=1"]) == 1
+    page = capsys.readouterr().out
+    assert "\nBROKEN a-rule" in page and "\n    in: death, 1 nodes; then node1 dies at step 1a" in page
 
 
 @pytest.mark.usefixtures("data_first")

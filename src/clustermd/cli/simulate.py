@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clustermd.cli.command import UsageError
 from clustermd.cli.output import say, show, show_json
+from clustermd.cli.simulate_progress import Progress
+from clustermd.cli.simulate_words import HELP, Options, parse
 from clustermd.errors import BadBytes
 
 if TYPE_CHECKING:
     from clustermd.testing.simulator.campaign import Summary
+    from clustermd.testing.simulator.crash_points import Report
     from clustermd.testing.simulator.kept import Kept
     from clustermd.testing.simulator.run import Outcome
 
@@ -33,103 +32,98 @@ INTERRUPTED = 130
 _DRAWN = 3
 _MINUTES = 1.0
 _FRESH_SEEDS = 1 << 40
-_BAR = 30
-_LINE_EVERY_S = 10.0
-_HELP = """\
-Usage: clustermd simulate [--seeds A..B | --minutes M] [--jobs J] [--shrink] [--keep DIR] [--json]
-       clustermd simulate --seed N [--trace | --shrink] [--keep DIR] [--json]
-       clustermd simulate --replay FILE [--trace | --shrink] [--keep DIR] [--json]
-
-Plays simulated clusters: the real code of lock manager, cluster and array on virtual time, with clients on all
-nodes and faults of all kinds, every step judged. The same seed gives the same run, to the last event.
-
-  --seeds A..B   these seeds
-  --minutes M    fresh seeds for so long (default: 1 minute)
-  --seed N       one seed
-  --replay FILE  one run that was kept
-  --jobs J       processes to use (default: one a processor)
-  --trace        every event of the run, one a line
-  --shrink       make a failing run small: fewer nodes, faults, operations (one run for each broken rule)
-  --keep DIR     write failing runs to DIR, to be replayed
-  --json         one JSON object
-
-Exit status: 0 every rule held, 1 one was broken, 2 not understood.
-"""
-
-
-@dataclass(slots=True)
-class _Options:
-    seeds: tuple[int, int] | None = None
-    minutes: float | None = None
-    seed: int | None = None
-    replay: Path | None = None
-    jobs: int | None = None
-    keep: Path | None = None
-    trace: bool = False
-    shrink: bool = False
-    json: bool = False
+_NODES = (1, 2, 3)
 
 
 def run(words: Sequence[str]) -> int:
     """The verb. The exit status."""
     if "-h" in words or "--help" in words:
-        show(_HELP)
+        show(HELP)
         return 0
-    options = _parse(words)
+    options = parse(words)
+    if options.crash_points:
+        return _crash_points(options)
     if options.replay is not None or options.seed is not None:
         return _one(options)
     return _many(options)
 
 
-# --- the command line ---------------------------------------------------------------------------------------------
+def _jobs(options: Options) -> int:
+    return options.jobs or len(os.sched_getaffinity(0))
 
 
-def _parse(words: Sequence[str]) -> _Options:
-    options = _Options()
-    left = list(words)
-    while left:
-        word = left.pop(0)
-        name, equals, value = word.partition("=")
-        if name in ("--trace", "--shrink", "--json") and not equals:
-            setattr(options, name[2:], True)
-            continue
-        if name not in ("--seeds", "--minutes", "--seed", "--replay", "--jobs", "--keep"):
-            raise UsageError(f"simulate takes no {word!r}", usage=True)
-        if not equals:
-            if not left:
-                raise UsageError(f"{name} needs a value", usage=True)
-            value = left.pop(0)
-        setattr(options, name[2:], _value(name, value))
-    if sum(what is not None for what in (options.seeds, options.minutes, options.seed, options.replay)) > 1:
-        raise UsageError("--seeds, --minutes, --seed and --replay exclude one another")
-    if options.trace and options.seed is None and options.replay is None:
-        raise UsageError("--trace is for one run: give it --seed or --replay")
-    return options
+def _processes(jobs: int) -> str:
+    return f"{jobs} process{'es' if jobs > 1 else ''}"
 
 
-def _value(name: str, text: str) -> Any:
-    if name in ("--replay", "--keep"):
-        return Path(text)
-    if name == "--seeds":
-        if (match := re.fullmatch(r"(\d+)\.\.(\d+)", text)) and int(match[1]) <= int(match[2]):
-            return int(match[1]), int(match[2])
-        raise UsageError(f"--seeds takes a first and a last seed, as 1..1000, and not {text!r}")
-    if name == "--minutes":
-        if re.fullmatch(r"\d+(\.\d+)?|\.\d+", text) and float(text) > 0:
-            return float(text)
-        raise UsageError(f"--minutes takes a number above 0, and not {text!r}")
-    if not text.isdecimal() or (name == "--jobs" and int(text) == 0):
-        raise UsageError(f"{name} takes a whole number, and not {text!r}")
-    return int(text)
+def _width() -> int:
+    return max(80, min(160, shutil.get_terminal_size((118, 40)).columns - 2))
+
+
+# --- every crash point --------------------------------------------------------------------------------------------
+
+
+def _crash_points(options: Options) -> int:
+    from clustermd.testing.simulator.crash_points import Report, crash_points
+
+    nodes = options.nodes or _NODES
+    depth = 1 if options.depth is None else options.depth
+    jobs = _jobs(options)
+    progress = Progress()
+    report = Report(nodes)
+    told = 0
+
+    def played(so_far: Report, known: int) -> None:
+        nonlocal report, told
+        report = so_far
+        if options.json:
+            return
+        for story, violation in report.violations[told:]:
+            progress.line(f"{violation}\n    in: {story}")
+        told = len(report.violations)
+        progress.show(report.runs, known, told)
+
+    if not options.json:
+        counted = ", ".join(map(str, nodes))
+        show(f"a death at every crash point, with {counted} nodes, depth {depth}, {_processes(jobs)}\n")
+    interrupted = False
+    try:
+        report = crash_points(nodes, depth=depth, jobs=jobs, progress=played)
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        progress.clear()
+    if interrupted:
+        say("interrupted; this is what was played until then")
+    if options.json:
+        wire = report.to_wire()
+        show_json(crash_points=wire, depth=depth, nodes=list(nodes), interrupted=interrupted)
+    else:
+        _draw_stories(report)
+        show("\n" + report.text())
+    if report.violations or not (interrupted or report.good):
+        return BROKEN
+    return INTERRUPTED if interrupted else 0
+
+
+def _draw_stories(report: Report) -> None:
+    """Play the first stories that broke a rule again, each with the events that show it."""
+    from clustermd.testing.simulator.crash_stories import play_story
+    from clustermd.testing.trace.verdict import verdict
+
+    for story, _ in report.violations[:_DRAWN]:
+        outcome = play_story(story, keep_events=True).outcome
+        if outcome.violation is not None:
+            show(f"\n{story}\n{verdict(outcome.violation, outcome.events, _width())}")
 
 
 # --- many seeds ---------------------------------------------------------------------------------------------------
 
 
-def _many(options: _Options) -> int:
+def _many(options: Options) -> int:
     from clustermd.testing.simulator.campaign import Summary, campaign
 
-    jobs = options.jobs or len(os.sched_getaffinity(0))
+    jobs = _jobs(options)
     end_s: float | None = None
     seeds: Iterable[int]
     if options.seeds is not None:
@@ -143,9 +137,9 @@ def _many(options: _Options) -> int:
         seeds = _seeds_until(first, end_s)
         what = f"seeds from {first} on for {minutes:g} minutes"
     summary = Summary()
-    progress = _Progress(summary, total, end_s)
+    progress = Progress(end_s)
     if not options.json:
-        show(f"{what}, {jobs} processes\n")
+        show(f"{what}, {_processes(jobs)}\n")
     reports = campaign(seeds, jobs=jobs)
     interrupted = False
     try:
@@ -154,7 +148,7 @@ def _many(options: _Options) -> int:
             if report.violation is not None and not options.json:
                 progress.line(f"seed {report.seed}: {report.violation}")
             if not options.json:
-                progress.show()
+                progress.show(summary.runs, total, len(summary.broken))
     except KeyboardInterrupt:
         interrupted = True
     finally:
@@ -179,7 +173,7 @@ def _seeds_until(first: int, end_s: float) -> Iterator[int]:
         seed += 1
 
 
-def _look_closer(summary: Summary, options: _Options) -> list[dict[str, Any]]:
+def _look_closer(summary: Summary, options: Options) -> list[dict[str, Any]]:
     """Play the first seed of each broken rule again, with its events."""
     from clustermd.testing.simulator.run import run_seed
 
@@ -192,54 +186,10 @@ def _look_closer(summary: Summary, options: _Options) -> list[dict[str, Any]]:
     return results
 
 
-class _Progress:
-    """A bar on a terminal, a line now and then elsewhere. On standard error."""
-
-    def __init__(self, summary: Summary, total: int, end_s: float | None) -> None:
-        self._summary = summary
-        self._total = total
-        self._begin_s = time.monotonic()
-        self._end_s = end_s
-        self._tty = sys.stderr.isatty()
-        self._line_s = self._begin_s
-        self._shown = False
-
-    def show(self) -> None:
-        now_s = time.monotonic()
-        if not self._tty and now_s - self._line_s < _LINE_EVERY_S:
-            return
-        self._line_s = now_s
-        runs = self._summary.runs
-        if self._end_s is None:
-            part = runs / self._total
-            text = f"{runs}/{self._total} runs"
-        else:
-            part = min(1.0, (now_s - self._begin_s) / (self._end_s - self._begin_s))
-            text = f"{runs} runs, {max(0.0, self._end_s - now_s):.0f} s left"
-        text += f", {runs / (now_s - self._begin_s) * 60:.0f} a minute, {len(self._summary.broken)} broken"
-        if self._tty:
-            done = int(part * _BAR)
-            sys.stderr.write(f"\r\x1b[K[{'#' * done}{' ' * (_BAR - done)}] {text}")
-            self._shown = True
-        else:
-            sys.stderr.write(f"{text}\n")
-        sys.stderr.flush()
-
-    def line(self, text: str) -> None:
-        self.clear()
-        show(text + "\n")
-
-    def clear(self) -> None:
-        if self._shown:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
-            self._shown = False
-
-
 # --- one run --------------------------------------------------------------------------------------------------------
 
 
-def _one(options: _Options) -> int:
+def _one(options: Options) -> int:
     from clustermd.testing.simulator.kept import load, replay
     from clustermd.testing.simulator.run import run_seed
     from clustermd.testing.simulator.story import trace_lines
@@ -284,7 +234,7 @@ def _good(outcome: Outcome) -> str:
     )
 
 
-def _told(outcome: Outcome, again: str, name: str, options: _Options) -> dict[str, Any]:
+def _told(outcome: Outcome, again: str, name: str, options: Options) -> dict[str, Any]:
     """Tell of a run that broke a rule; shrink and keep it if that is wanted. The same for programs."""
     from clustermd.testing.simulator.kept import Kept, save
     from clustermd.testing.simulator.story import story
@@ -294,13 +244,12 @@ def _told(outcome: Outcome, again: str, name: str, options: _Options) -> dict[st
     assert violation is not None
     kept = Kept.of(outcome)
     result: dict[str, Any] = {"again": again, "violation": to_wire(violation)}
-    width = max(80, min(160, shutil.get_terminal_size((118, 40)).columns - 2))
     if options.shrink:
         kept, outcome, result["shrink_runs"] = _shrunk(kept, options)
         assert outcome.violation is not None
         violation = outcome.violation
     if not options.json:
-        show("\n" + verdict(violation, outcome.events, width))
+        show("\n" + verdict(violation, outcome.events, _width()))
         if options.shrink:
             show("\nthe smallest run found that breaks it:\n" + story(kept))
         show(f"\nplay it again: clustermd simulate {again}\n")
@@ -316,7 +265,7 @@ def _told(outcome: Outcome, again: str, name: str, options: _Options) -> dict[st
     return result
 
 
-def _shrunk(kept: Kept, options: _Options) -> tuple[Kept, Outcome, int]:
+def _shrunk(kept: Kept, options: Options) -> tuple[Kept, Outcome, int]:
     from clustermd.testing.simulator.kept import replay
     from clustermd.testing.simulator.shrink import shrink
 

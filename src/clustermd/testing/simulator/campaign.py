@@ -35,6 +35,8 @@ from clustermd.testing.trace.verdict import to_wire
 OPERATIONS = 250
 FAULTS = 10
 NICENESS = 10
+KILLED_AT = "kill-at "
+"""Before the point's name: how a run counts a `kill-at` that met its point; by its bare name, those that were set."""
 BATCH = 4
 """Seeds that a worker plays before it reports: few enough for a steady progress bar."""
 
@@ -122,6 +124,11 @@ def _play_batch(seeds: list[int], operations: int, faults: int) -> list[Report]:
     return [play_seed(seed, operations, faults) for seed in seeds]
 
 
+def workers(jobs: int) -> ProcessPoolExecutor:
+    """`jobs` processes of their own at a low priority. Shut it down with `cancel_futures` to stop before the end."""
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin_worker)
+
+
 def _begin_worker() -> None:
     os.nice(NICENESS)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a key press is for who started us
@@ -140,7 +147,7 @@ def campaign(
             yield play_seed(seed, operations, faults)
         return
     left = iter(seeds)
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin_worker)
+    pool = workers(jobs)
     running: set[Future[list[Report]]] = set()
     try:
         while True:
@@ -205,16 +212,19 @@ class Summary:
     def text(self) -> str:
         """For people."""
         missing = self.not_reached()
+        met = sum(count for name, count in self.faults.items() if name.startswith(KILLED_AT))
+        good = self.runs - len(self.broken)
         lines = [
-            f"{self.runs} runs, {self.virtual_s / 3600:.2f} virtual hours, {self.operations.total()} operations, "
-            f"{self.acknowledged} acknowledged writes, {self.checked_sectors} sectors compared",
-            f"{self.runs_per_cpu_minute:.0f} runs a minute and processor, {self.callbacks} callbacks, "
+            f"{self.runs} runs, {good} good; {self.virtual_s / 3600:.2f} virtual hours",
+            f"clients: {self.operations.total()} operations ({counts(self.operations)}); "
+            f"{self.acknowledged} writes acknowledged; {self.checked_sectors} sectors compared with the model",
+            f"faults: {counts(self.faults)}"
+            + (f"; {met} of the kill-at met their point" if self.faults["kill-at"] else ""),
+            f"crash points of appendix D (md-cluster specification): {len(STEPS) - len(missing)} of {len(STEPS)} passed"
+            + (f", never {', '.join(missing)}" if missing else ""),
+            f"trace: {self.points.total()} events of {len(self.points)} kinds, all judged",
+            f"cost: {self.runs_per_cpu_minute:.0f} runs a minute and processor, "
             f"at most {self.peak_rss_bytes >> 20} MiB a process",
-            "operations: " + counts(self.operations),
-            "faults: " + counts(self.faults),
-            f"trace points: {self.points.total()} passed, of {len(self.points)} names",
-            f"crash points of appendix D: {len(STEPS) - len(missing)} of {len(STEPS)} reached"
-            + (f", not {', '.join(missing)}" if missing else ""),
         ]
         for rule, seeds in self.by_rule().items():
             shown = " ".join(map(str, seeds[:20])) + (" ..." if len(seeds) > 20 else "")

@@ -13,11 +13,14 @@ a step where none did is a failure of the mode itself.
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from clustermd.testing.simulator.campaign import BATCH, workers
 from clustermd.testing.simulator.crash_stories import (
     FLIGHTS,
     LANDINGS,
@@ -31,6 +34,7 @@ from clustermd.testing.simulator.crash_stories import (
 from clustermd.testing.simulator.scenarios import SCENARIOS
 from clustermd.testing.trace.events import Violation
 from clustermd.testing.trace.points import STEPS
+from clustermd.testing.trace.verdict import to_wire
 
 COMEBACKS = ((1.5, 0.05), (0.3, 0.002), (3.0, 0.4))
 """(how long a machine is down, after how long that is noticed), in seconds, in turn."""
@@ -171,29 +175,58 @@ class Report:
 
     def text(self) -> str:
         """The table for people."""
-        lines = [
-            f"{'step':5} {'deaths there with 1, 2, 3 nodes':>32} {'second deaths':>14}  what the step is"
-        ]
+        counted = ", ".join(map(str, self.nodes))
+        head = f"deaths there with {counted} node{'s' if self.nodes != (1,) else ''}"
+        width = max(len(head), 5 * len(self.nodes))
+        lines = [f"{'step':5} {head:>{width}} {'second deaths':>14}  what the step is"]
         for step in (*STEPS, *MORE_STEPS):
             counts = [
                 "-" if nodes == 1 and step.id in NOT_ALONE else str(self.firsts[nodes, step.id])
                 for nodes in self.nodes
             ]
             second = sum(self.seconds[nodes, step.id] for nodes in self.nodes) or ""
-            lines.append(f"{step.id:5} {'  '.join(counts):>32} {second:>14}  {step.sentence}")
-        lines += [f"{name:5} {'pending':>32} {'':>14}  {why}" for name, why in PENDING.items()]
-        lines.append(
+            lines.append(f"{step.id:5} {'  '.join(counts):>{width}} {second:>14}  {step.sentence}")
+        lines += [f"{name:5} {'no such operation':>{width}} {'':>14}  {why}" for name, why in PENDING.items()]
+        lines += [
             f"{self.runs} runs, {self.virtual_s / 3600:.1f} virtual hours, {len(self.pairs)} kinds of pairs of deaths,"
             f" {self.all_died} times all nodes died"
-        )
+        ]
         lines += [f"nobody died at {what}" for what in self.missing()]
         lines += [f"a death did not come about: {story}" for story in self.not_fired]
-        lines += [f"{violation}\n    in: {story}" for story, violation in self.violations]
-        return "\n".join(lines)
+        lines += [f"BROKEN {violation}\n    in: {story}" for story, violation in self.violations]
+        if not self.violations:
+            lines.append("violations: none")
+        return "\n".join(lines) + "\n"
+
+    def to_wire(self) -> dict[str, Any]:
+        """For programs. A story is what `Story.from_json` takes."""
+        steps = {
+            step.id: {
+                "first": {str(nodes): self.firsts[nodes, step.id] for nodes in self.nodes},
+                "second": {str(nodes): self.seconds[nodes, step.id] for nodes in self.nodes},
+            }
+            for step in (*STEPS, *MORE_STEPS)
+        }
+        return {
+            "runs": self.runs,
+            "virtual_s": round(self.virtual_s, 3),
+            "steps": steps,
+            "kinds_of_pairs": len(self.pairs),
+            "times_all_died": self.all_died,
+            "missing": self.missing(),
+            "not_fired": [story.to_json() for story in self.not_fired],
+            "violations": [
+                {**to_wire(violation), "story": story.to_json(), "words": str(story)}
+                for story, violation in self.violations
+            ],
+        }
 
 
-Progress = Callable[[int, int, int], None]
-"""runs made, runs known to be made (it grows), violations"""
+Progress = Callable[[Report, int], None]
+"""the report so far, and how many runs are known to be made in all (it grows)"""
+
+Play = Callable[[Iterable[Story]], Iterator[Told]]
+"""plays stories and tells of them in their order"""
 
 
 def crash_points(
@@ -201,51 +234,88 @@ def crash_points(
     *,
     depth: int = 1,
     scenarios: Sequence[str] = tuple(SCENARIOS),
-    progress: Progress = lambda done, known, violations: None,
+    jobs: int = 0,
+    progress: Progress = lambda report, known: None,
 ) -> Report:
-    """Play the whole mode.
+    """Play the whole mode, in `jobs` processes (0: in this one); the report is the same however many they are.
 
     `depth` 0 is a sample that still reaches every step (hundreds of runs). 1 has every step of every scenario by every
     node with every landing, and every pair of a first step and a step of the recovery (thousands). More means so many
     occurrences of each step, and pairs for each scenario.
     """
     report = Report(tuple(nodes))
-    firsts = [story for count in nodes for story in _first_stories(report, count, scenarios, depth)]
-    known = report.runs + len(firsts)
-    paired: set[tuple[Any, ...]] = set()
-    for number, story in enumerate(firsts):
-        told = play_story(story)
+    known = len(scenarios) * len(report.nodes)
+
+    def add(told: Told) -> Told:
         report.add(told)
-        progress(report.runs, known, len(report.violations))
+        progress(report, known)
+        return told
+
+    with _players(jobs) as play:
+        quiet = [add(told) for told in play(Story(name, count) for count in nodes for name in scenarios)]
+        firsts = _first_stories(quiet, depth)
+        known += len(firsts)
+        seconds = _second_stories((add(told) for told in play(firsts)), depth)
+        known += len(seconds)
+        for told in play(seconds):
+            add(told)
+    return report
+
+
+@contextmanager
+def _players(jobs: int) -> Iterator[Play]:
+    if jobs == 0:
+        yield lambda stories: map(play_story, stories)
+        return
+    pool = workers(jobs)
+    try:
+        yield lambda stories: pool.map(_play_apart, stories, chunksize=BATCH)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _play_apart(story: Story) -> Told:
+    """What a worker sends back: all but the decisions, which nobody asks for and which are most of it."""
+    told = play_story(story)
+    told.outcome.decisions = {}
+    gc.collect()  # a run is one web of cycles; they must not pile up
+    return told
+
+
+def _first_stories(quiet: Iterable[Told], depth: int) -> list[Story]:
+    """Where somebody dies: at what each scenario, played without a kill, comes to."""
+    stories: list[Story] = []
+    seen: dict[int, set[tuple[Any, ...]]] = {}
+    for told in quiet:
+        name, nodes = told.story.scenario, told.story.nodes
+        passed = told.passed
+        if not depth:  # each step in the first scenario that has it
+            mine = _groups(passed, by_node=False)
+            before = seen.setdefault(nodes, set())
+            passed = [place for key, group in mine.items() if key not in before for place in group]
+            before |= set(mine)
+        landings = (*LANDINGS, "rest") if name == "pages" else LANDINGS
+        stories += [Story(name, nodes, (kill,)) for kill in first_kills(passed, depth, landings)]
+    return stories
+
+
+def _second_stories(firsts: Iterable[Told], depth: int) -> list[Story]:
+    """Who dies in the recovery from a first death, once for each of its steps and each step of the recovery."""
+    stories: list[Story] = []
+    paired: set[tuple[Any, ...]] = set()
+    chosen: Counter[tuple[int, str]] = Counter()
+    for number, told in enumerate(firsts):
+        story = told.story
         if story.nodes == 1 or told.outcome.violation is not None or len(told.fired) != 1:
             continue
         key = (story.nodes, story.kills[0].step, story.scenario if depth > 1 else "")
         if key in paired:
             continue
         paired.add(key)
-        seconds = second_kills(told, number, depth > 1)
+        kills = second_kills(told, number, depth > 1)
         if not depth:  # those that are the rarest so far
-            seconds.sort(key=lambda kill: report.seconds[story.nodes, kill.step])
-            del seconds[2:]
-        known += len(seconds)
-        for kill in seconds:
-            report.add(play_story(replace(story, kills=(*story.kills, kill))))
-            progress(report.runs, known, len(report.violations))
-    return report
-
-
-def _first_stories(report: Report, nodes: int, scenarios: Sequence[str], depth: int) -> list[Story]:
-    """Play each scenario without a kill: what it comes to is where somebody dies."""
-    stories: list[Story] = []
-    seen: set[tuple[Any, ...]] = set()
-    for name in scenarios:
-        quiet = play_story(Story(name, nodes))
-        report.add(quiet)
-        passed = quiet.passed
-        if not depth:  # each step in the first scenario that has it
-            mine = _groups(passed, by_node=False)
-            passed = [place for key, group in mine.items() if key not in seen for place in group]
-            seen |= set(mine)
-        landings = (*LANDINGS, "rest") if name == "pages" else LANDINGS
-        stories += [Story(name, nodes, (kill,)) for kill in first_kills(passed, depth, landings)]
+            kills.sort(key=lambda kill: chosen[story.nodes, kill.step])
+            del kills[2:]
+        chosen.update((story.nodes, kill.step) for kill in kills)
+        stories += [replace(story, kills=(*story.kills, kill)) for kill in kills]
     return stories
