@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 from flaw_stories import SCENARIOS, Scenario
 
-from clustermd.testing.simulator import disk_watch, model, run, workload
+from clustermd.testing.simulator import disk_watch, log_watch, model, rest, run, workload
 from clustermd.testing.simulator.flaws import all_flaws, patched
 from clustermd.testing.trace.events import Violation
 from clustermd.testing.trace.judge import all_rules
@@ -62,7 +62,7 @@ def rules_of(module: ModuleType) -> set[str]:
 
 def test_every_rule_is_seen_to_fire() -> None:
     watching = {rule.rule for rule in all_rules(Lives())}
-    for module in (disk_watch, model, run, workload):
+    for module in (disk_watch, log_watch, model, rest, run, workload):
         watching |= rules_of(module)
     if len(FOUND) < len(SCENARIOS):
         pytest.skip("the scenarios were not all played in this process")

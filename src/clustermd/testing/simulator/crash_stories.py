@@ -17,6 +17,7 @@ from typing import Any
 
 from clustermd.testing.simulator.boxes import Box, Io
 from clustermd.testing.simulator.dice import Dice
+from clustermd.testing.simulator.faults import start
 from clustermd.testing.simulator.machine import Machine
 from clustermd.testing.simulator.run import Outcome, Run
 from clustermd.testing.simulator.scenarios import SCENARIOS
@@ -227,10 +228,10 @@ class _Teller:
             if array is not None and array.process.alive:
                 array.submitter.landing = landing
             run.faults[f"crash at {kill.step}"] += 1
-            run.kill(machine, kill.detect_s)
+            run.cluster.kill(machine, kill.detect_s)
             self._steps.gone(machine.name)
             self._flights.gone(machine.name)
-            run.later(kill.down_s, run.start, machine)
+            run.later(kill.down_s, start, run, machine)
         self.died(run, kill)
 
 

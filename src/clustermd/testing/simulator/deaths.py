@@ -1,0 +1,118 @@
+"""Who died, and who knows of it: until all who live do, the writes of the dead may still land.
+
+A death has three moments: the array process ends (or the boxes begin to refuse it while it lives on, excluded); it is
+*proved*, nothing of it can land any more; and every living node has *heard* of it, or joined after it was all over.
+Only then are its writes closed for the model, and only then do others write where it wrote: before that a survivor may
+still read the first usable member as it likes (md-cluster spec 9.1), and a cluster filesystem has not replayed yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from clustermd.testing.simulator.cluster import SimCluster
+from clustermd.testing.simulator.machine import ArrayProcess
+from clustermd.testing.simulator.model import Model, Write
+from clustermd.testing.simulator.workload import Clients
+
+Tell = Callable[[str, str, dict[str, Any]], None]
+"""an event of the trace: node, name, fields"""
+
+HEARD = frozenset(("cluster.lost", "join.member", "join.gathered"))
+"""Trace points at which an array process hears of deaths, or cannot have missed one."""
+
+
+@dataclass(slots=True, eq=False)
+class Death:
+    """An array process that died. `proved_s` is when its end was proved, below 0 before that."""
+
+    array: ArrayProcess
+    writes: list[Write]
+    slot: int
+    since_s: float
+    proved_s: float = -1.0
+
+    def known_to(self, other: ArrayProcess) -> bool:
+        """Whether `other` has heard of it, or joined after it was all over."""
+        if other.joined_s > self.proved_s:
+            return True
+        return any(at_s >= self.since_s and slot == self.slot for at_s, slot in other.heard)
+
+
+class Deaths:
+    """The deaths of a run. `open` are those that somebody does not know of yet."""
+
+    def __init__(self, cluster: SimCluster, model: Model, clients: Clients, tell: Tell) -> None:
+        self.open: list[Death] = []
+        self._cluster = cluster
+        self._model = model
+        self._clients = clients
+        self._tell = tell
+        cluster.on_started = lambda array: self._settle()
+        cluster.on_gone = self._gone
+        cluster.on_ended = self._ended
+        cluster.on_excluded = self._excluded
+
+    def heard(self, array: ArrayProcess, name: str, fields: dict[str, Any]) -> None:
+        """`array` passed one of the points `HEARD`."""
+        if name == "join.member":
+            array.last_slot = fields["slot"]
+            array.broken_s = array.ended_s = -1.0
+        elif name == "join.gathered":
+            array.joined_s = self._cluster.loop.time()
+        else:
+            array.heard.append((self._cluster.loop.time(), fields["slot"]))
+        if self.open:
+            self._settle()
+
+    def _gone(self, array: ArrayProcess) -> None:
+        """An array process has ended, by death or in order."""
+        array.serving = False
+        writes = self._clients.process_gone(array)
+        if not array.killed:
+            self._model.close(writes)  # it let everything land before it ended
+        elif not array.excluded or writes:
+            self._tell(array.machine.name, "process.died", {})
+            if array.last_slot >= 0 or writes:
+                self._clients.orphaned(array.machine)
+                death = Death(array, writes, array.last_slot, array.broken_s)
+                if all(link.over for link in array.links) and not array.submitter.in_flight:
+                    # it died between two lives
+                    death.proved_s = array.ended_s if array.ended_s >= 0 else self._cluster.loop.time()
+                self.open.append(death)
+        self._settle()
+
+    def _excluded(self, array: ArrayProcess) -> None:
+        """The boxes refuse a process that lives on: for all others it is dead, and its clients' writes are in doubt."""
+        self._tell(array.machine.name, "process.died", {})
+        array.serving = False
+        if array.broken_s < 0:
+            array.broken_s = self._cluster.loop.time()
+        self._clients.orphaned(array.machine)
+        self.open.append(Death(array, self._clients.process_gone(array), array.last_slot, array.broken_s))
+
+    def _ended(self, array: ArrayProcess) -> None:
+        """Nothing of that array process, or of a former life of it, can land any more."""
+        array.ended_s = self._cluster.loop.time()
+        over = array.excluded or (not array.process.alive and not array.submitter.in_flight)
+        if over:
+            self._tell(array.machine.name, "process.drained", {})
+        for death in self.open:
+            if death.array is array and death.proved_s < 0 and (over or not array.submitter.in_flight):
+                death.proved_s = self._cluster.loop.time()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Close the deaths that everybody knows of."""
+        living = [
+            machine.array
+            for machine in self._cluster.machines.values()
+            if machine.array is not None and machine.serving and machine.array.broken_s < 0
+        ]
+        for death in list(self.open):
+            if death.proved_s >= 0 and all(death.known_to(array) for array in living):
+                self.open.remove(death)
+                self._model.close(death.writes)
+                self._clients.recovered(death.array.machine.number)
