@@ -16,7 +16,7 @@ from clustermd.testing.simulator.clock import SimClock
 from clustermd.testing.simulator.dice import Dice
 from clustermd.testing.simulator.loop import Crashed, Process, SimLoop
 from clustermd.testing.simulator.machine import ArrayProcess, Lockd, Machine
-from clustermd.testing.simulator.order import SimGroup
+from clustermd.testing.simulator.order import Port, SimGroup
 from clustermd.testing.simulator.plan import Plan
 
 PROOF_POLL_S = 0.02
@@ -42,6 +42,7 @@ class SimCluster:
         self.pipes = dice.stream("pipes")
         self.fate = dice.stream("cluster")
         self.group = SimGroup(loop, dice, plan.nodes, durable=plan.durable)
+        self.group.on_state_lost = self._state_lost
         self.group.on_lost = lambda: loop.later(0.0, self.watch_lost)
         self.boxes = [
             Box(f"box{number}", plan.data_offset_sectors + plan.array_sectors, dice, watcher)
@@ -233,6 +234,18 @@ class SimCluster:
         """The group gives a member up that may well be alive."""
         if machine.lockd is not None:
             self._lost(machine.lockd)
+
+    def _state_lost(self, port: Port) -> None:
+        """Most of those that kept the state of the lock manager are gone: what is left of it counts no more."""
+        for machine in self.machines.values():
+            lockd = machine.lockd
+            if lockd is not None and lockd.port is port and lockd.process.alive:
+                self.loop.later(RESTART_S, self._over_if_alone, lockd)
+
+    def _over_if_alone(self, lockd: Lockd) -> None:
+        component = lockd.port.component
+        if lockd.process.alive and (component is None or not component.quorate):
+            self.lockd_over(lockd, "the majority that knew the state of the locks is gone")
 
     def _lost(self, lockd: Lockd) -> None:
         self.group.lose(lockd.port)

@@ -146,6 +146,8 @@ class Component:
             assert port.events is not None
             port.events.on_stable(index)
             return
+        if not port.stateful():
+            return  # whoever has no state keeps nothing for others (dlm.md 6.8, trap 7)
         self.heard[port.me.node] = index
         by_all = sorted(self.heard.values(), reverse=True)
         if len(by_all) < self.group.majority:
@@ -179,6 +181,9 @@ class SimGroup:
         self.joining: list[Port] = []
         self.lost: dict[Member, str] = {}  # lost members, with the proof once there is one
         self.on_lost: Callable[[], None] = lambda: None  # somebody may be lost whose end must be proved
+        self.on_state_lost: Callable[[Port], None] = lambda port: (
+            None
+        )  # its state belongs to no history that goes on
         self.frozen = False
         self.unproved: set[Member] = set()  # whoever was in a quorate view and may still act
         self._goodbyes: dict[Member, Left] = {}
@@ -350,7 +355,7 @@ class SimGroup:
                     self.lost.setdefault(member, "")
             for member in members:
                 self.lost.pop(member, None)
-            quorate = self.durable or self._may_act(ports)
+            quorate = self.durable or self._may_act(ports, divided)
         if quorate:
             self.unproved.update(members)
         component = Component(self, (self._ring, 1 + int(side)), ports, quorate)
@@ -367,14 +372,22 @@ class SimGroup:
             port.tell(_view(view))
         return component
 
-    def _may_act(self, ports: list[Port]) -> bool:
+    def _may_act(self, ports: list[Port], divided: bool) -> bool:
         """A majority acts only if it surely knows all that any majority did before it (dlm.md 6.6).
 
-        It does if a majority of votes kept their state. Else somebody who is absent may know more, and act on it:
-        that one must be proved dead first.
+        It does if a majority of votes kept their state. If nobody has a state a new history begins, as soon as all
+        who are absent are proved dead. A remainder that is no majority waits for those that do not hear it; when
+        there are none, what the majority knew is lost, and the remainder must start anew as well.
         """
-        stateful = sum(port.stateful() for port in ports)
-        return stateful >= self.majority or all(self.lost.values())
+        stateful = [port for port in ports if port.stateful()]
+        if len(stateful) >= self.majority:
+            return True
+        if not stateful:
+            return not divided and all(self.lost.values())
+        if not divided:
+            for port in stateful:
+                self.on_state_lost(port)
+        return False
 
 
 def _view(view: View) -> Entry:
