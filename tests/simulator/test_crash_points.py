@@ -12,7 +12,8 @@ import pytest
 
 from clustermd.ondisk.bitmap_bits import BitmapGeometry
 from clustermd.ondisk.bitmap_superblock import BitmapSuperblock
-from clustermd.testing.simulator.crash_points import PENDING, Report, crash_points, second_kills
+from clustermd.testing.simulator.crash_points import crash_points, second_kills
+from clustermd.testing.simulator.crash_report import PENDING, Report
 from clustermd.testing.simulator.crash_stories import FLIGHTS, Kill, Passed, Story, play_story
 from clustermd.testing.simulator.flaws import put_back
 from clustermd.testing.simulator.run import Run

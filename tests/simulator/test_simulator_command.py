@@ -12,7 +12,7 @@ from clustermd.array.bitmap import Bitmap
 from clustermd.cli.command import UsageError
 from clustermd.cli.simulate import run
 from clustermd.testing.simulator.campaign import Summary, campaign, play_seed
-from clustermd.testing.simulator.crash_points import Report
+from clustermd.testing.simulator.crash_report import Report
 from clustermd.testing.simulator.crash_stories import Told
 from clustermd.testing.simulator.kept import load, replay
 from clustermd.testing.trace.events import Layer, Violation

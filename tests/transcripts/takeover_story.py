@@ -38,10 +38,11 @@ from clustermd.ondisk.bitmap_superblock import BitmapSuperblock
 from clustermd.ondisk.create import BitmapKind, NewMember, plan_create
 from clustermd.ondisk.superblock import Superblock, find
 from clustermd.testing.locks.order import MemoryGroup, Port, newcomer_reads_from_here
-from clustermd.testing.simulator.boxes import Box, Path, SimSubmitter, Trouble, Watcher
+from clustermd.testing.simulator.boxes import Box, Path, Trouble, Watcher
 from clustermd.testing.simulator.clock import SimClock
 from clustermd.testing.simulator.dice import Dice
 from clustermd.testing.simulator.loop import Crashed, Process, SimLoop
+from clustermd.testing.simulator.submitter import SimSubmitter
 from clustermd.trace import Trace
 
 SLOTS = 3

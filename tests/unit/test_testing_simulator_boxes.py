@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from clustermd.device.member_device import Op
-from clustermd.testing.simulator.boxes import SECTOR, Box, Io, Path, SimSubmitter, Trouble, Watcher
+from clustermd.testing.simulator.boxes import SECTOR, Box, Io, Path, Trouble, Watcher
 from clustermd.testing.simulator.dice import Dice
 from clustermd.testing.simulator.loop import Process, SimLoop
+from clustermd.testing.simulator.submitter import SimSubmitter
 
 SIZE = 64
 LATE_S = (5.0,)

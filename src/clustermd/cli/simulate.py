@@ -22,7 +22,7 @@ from clustermd.errors import BadBytes
 
 if TYPE_CHECKING:
     from clustermd.testing.simulator.campaign import Summary
-    from clustermd.testing.simulator.crash_points import Report
+    from clustermd.testing.simulator.crash_report import Report
     from clustermd.testing.simulator.kept import Kept
     from clustermd.testing.simulator.run import Outcome
 
@@ -64,7 +64,8 @@ def _width() -> int:
 
 
 def _crash_points(options: Options) -> int:
-    from clustermd.testing.simulator.crash_points import Report, crash_points
+    from clustermd.testing.simulator.crash_points import crash_points
+    from clustermd.testing.simulator.crash_report import Report
 
     nodes = options.nodes or _NODES
     depth = 1 if options.depth is None else options.depth

@@ -1,8 +1,9 @@
 """What must hold of the disks after every request that lands (md-cluster spec 9: I1, I2, I4, I5, I12, I22).
 
 Bits and differences are kept up to date as requests land: which bits stand on which box, which sectors of the in-sync
-members differ. So after every single request it can be said whether some chunk differs under clear bits, whether data went out before
-its bit was stable, whether a slot was written by somebody who does not own it, and whether events went back.
+members differ. So after every single request it can be said whether some chunk differs under clear bits, whether data
+went out before its bit was stable, whether a slot was written by somebody who does not own it, and whether events went
+back.
 The bytes are read anew by this file from md's format as `ondisk` gives it; the code under test is not asked.
 """
 
@@ -259,8 +260,8 @@ class DiskWatch(Watcher):
                 "difference-without-bit",
                 "I5",
                 Layer.ARRAY,
-                f"after {what} landed on {io.box.name}, chunks {sorted(place_bits)} differ between in-sync members, and no"
-                " slot has a bit for them",
+                f"after {what} landed on {io.box.name}, chunks {sorted(place_bits)} differ between in-sync members,"
+                " and no slot has a bit for them",
                 io.submitter.node,
             )
 
@@ -279,7 +280,8 @@ class DiskWatch(Watcher):
                 "difference-without-bit",
                 "I5",
                 Layer.ARRAY,
-                f"after {what} chunks {sorted(uncovered)} differ between in-sync members, and no slot has a bit for them",
+                f"after {what} chunks {sorted(uncovered)} differ between in-sync members,"
+                " and no slot has a bit for them",
                 "",
             )
 

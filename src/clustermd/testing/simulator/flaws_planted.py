@@ -27,9 +27,9 @@ from clustermd.dlm.modes import COMPATIBLE, Mode
 from clustermd.dlm.resource import Resource
 from clustermd.dlm.space import Space
 from clustermd.errors import LockRefused
-from clustermd.testing.simulator.boxes import SimSubmitter
 from clustermd.testing.simulator.flaws import Flaw, Patch, flaw
 from clustermd.testing.simulator.model import Model
+from clustermd.testing.simulator.submitter import SimSubmitter
 
 _stop, _start = Array.stop, Writer.start
 _lose, _end = Engine.lose_sessions, Engine.end_sessions

@@ -1,9 +1,9 @@
 """Simulated machines: a lock daemon and an array process each, wired as the real ones are, from production code.
 
 A `Machine` is a node. Its `Lockd` is the shell around a `Replica` (what `lockd/daemon.py` does with sockets); its
-`ArrayProcess` puts an `Array` together as `node/run_array.py` does. Each is a process: it can be killed or paused alone, or
-with its machine. A session of an array process ends when either end is gone; the lock daemon says that a dead array
-process has ended only when its last request has landed.
+`ArrayProcess` puts an `Array` together as `node/run_array.py` does. Each is a process: it can be killed or paused
+alone, or with its machine. A session of an array process ends when either end is gone; the lock daemon says that a dead
+array process has ended only when its last request has landed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from clustermd.dlm.lockspace import Lockspace, LockspaceEvents
 from clustermd.dlm.replica import Replica
 from clustermd.dlm.session import Session
 from clustermd.errors import ClusterLost, Refused
-from clustermd.testing.simulator.boxes import Path, SimSubmitter
+from clustermd.testing.simulator.boxes import Path
 from clustermd.testing.simulator.loop import Process
 from clustermd.testing.simulator.order import Port
 from clustermd.testing.simulator.pipe import Pipe
+from clustermd.testing.simulator.submitter import SimSubmitter
 from clustermd.trace import Trace
 
 if TYPE_CHECKING:

@@ -1,14 +1,14 @@
 """The model: what may stand in every sector, given what clients asked for and were told.
 
-Each write has a number, its *generation*, and every sector it writes says which sector of which generation it is. For each
-sector the model knows the generations that may be read there. A write that is issued adds its own. A write that is
-acknowledged takes out all whose writes had *closed* before it was issued. A write closes when it is answered, or, if its
-process died, when that process is proved dead and every living node knows of it: until then it may still land. A read returns
-what may stand there at some time between its start and its end; once everything is closed, what one reader saw, all
-see from then on.
+Each write has a number, its *generation*, and every sector it writes says which sector of which generation it is. For
+each sector the model knows the generations that may be read there. A write that is issued adds its own. A write that
+is acknowledged takes out all whose writes had *closed* before it was issued. A write closes when it is answered, or,
+if its process died, when that process is proved dead and every living node knows of it: until then it may still land.
+A read returns what may stand there at some time between its start and its end; once everything is closed, what one
+reader saw, all see from then on.
 
-A second set a sector holds what a loss of power at the boxes may leave: there a write takes older ones out only when it is
-durable, by FUA or by a flush that was answered after it (design 7, rule 19).
+A second set a sector holds what a loss of power at the boxes may leave: there a write takes older ones out only when
+it is durable, by FUA or by a flush that was answered after it (design 7, rule 19).
 """
 
 from __future__ import annotations

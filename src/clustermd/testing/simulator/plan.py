@@ -1,7 +1,7 @@
 """What a run is made of: the cluster, what clients do, and what goes wrong, as plain values that can be kept in a file.
 
-A plan is drawn from a seed by the atlas and the workloads, or read from a kept regression. Times are virtual seconds from
-the moment in which all nodes serve for the first time.
+A plan is drawn from a seed by the atlas and the workloads, or read from a kept regression. Times are virtual seconds
+from the moment in which all nodes serve for the first time.
 """
 
 from __future__ import annotations

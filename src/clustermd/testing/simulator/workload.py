@@ -1,8 +1,8 @@
 """What clients do: writers on all nodes, readers, flushes, discards, overlapping writes on one node.
 
 Regions of the array have an owner, as a cluster filesystem gives it: only the owner's node writes there, everybody may
-read. When a node dies its regions go to others once it is fenced and all know; a region can also be handed over while both live,
-when the former owner's writes in it are answered.
+read. When a node dies its regions go to others once it is fenced and all know; a region can also be handed over while
+both live, when the former owner's writes in it are answered.
 
 The kinds of operations are the table `KINDS`: a later feature adds its operation with one line.
 """
