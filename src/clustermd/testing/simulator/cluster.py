@@ -200,7 +200,7 @@ class SimCluster:
         self.loop.later(RESTART_S, self._start_lockd_again, machine)
 
     def _start_lockd_again(self, machine: Machine) -> None:
-        if self.restarts and machine.array is not None and machine.array.process.alive:
+        if self.restarts and machine.powered:
             self.start_lockd(machine)
 
     def pause(self, machine: Machine) -> None:
@@ -321,7 +321,9 @@ class SimCluster:
             if attached.drained():
                 continue
             if not self._fences_at_boxes:
-                self.kill_array(array.machine)
+                if array.process.alive:
+                    self.kill_array(array.machine)
+                    self.loop.later(START_AGAIN_S, self._start_array_if_up, array.machine)
                 if self.plan.storage_fence:
                     array.cut_off()
             elif array.process.alive:
