@@ -16,7 +16,7 @@ from clustermd.testing.trace.verdict import verdict
 
 RANGE = 40
 FIXED = 24
-FRESH = 3
+FRESH = 1
 MOST_RSS_BYTES = 200 << 20
 
 
