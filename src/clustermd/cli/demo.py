@@ -11,26 +11,30 @@ The exit status is 0 only when everything that had to hold did.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import subprocess
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clustermd.cli.demo_page import Failed, Page
+from clustermd.cli.demo_mdadm import examine_bitmap, mdadm, pick
+from clustermd.cli.demo_page import Failed, Page, chunks_text, ms
 from clustermd.cli.output import say
 from clustermd.testing.crash import Crash, crash
 from clustermd.testing.disks import all_clear, differing_blocks, dirty_chunks, look
-from clustermd.testing.judge import judge, nbd_reader
+from clustermd.testing.judge import judge as judge_blocks
+from clustermd.testing.judge import nbd_reader
 from clustermd.testing.load import Load, start_fio
 from clustermd.testing.local_cluster import LocalCluster, Node
 from clustermd.testing.nbd_client import NbdClient
+from clustermd.testing.trace.events import Event
+from clustermd.testing.trace.file import read_traces
+from clustermd.testing.trace.judge import Judge
+from clustermd.testing.trace.verdict import verdict
 from clustermd.testing.waiting import wait_until
 
 DISK_BYTES = 64 << 20
@@ -44,6 +48,7 @@ LOAD_RECORDS = 6000
 TRIES = 5
 SETTLE_S = 20.0
 STALL_BOUND_S = 2.0
+TRACE_WIDTH = 96
 
 
 def run(words: Sequence[str]) -> int:
@@ -73,7 +78,6 @@ class Takeover:
     found_out_s: float
     taken_over_s: float
     copied_s: float
-    chunks: int
 
 
 class Story:
@@ -106,6 +110,7 @@ class Story:
         self.rejoin()
         self.prove()
         self.stop()
+        self.judge_traces()
 
     # the steps
 
@@ -228,13 +233,13 @@ class Story:
         logs = [load.log for load in self.loads]
         for node in (self.one, self.two):
             with NbdClient(node.socket()) as client:
-                verdict = judge(logs, nbd_reader(client))
+                report = judge_blocks(logs, nbd_reader(client))
             page.must(
-                verdict.good,
-                f"every acknowledged write is there, read through {node.name}: {verdict.acknowledged} blocks",
-                str(verdict),
+                report.good,
+                f"every acknowledged write is there, read through {node.name}: {report.acknowledged} blocks",
+                str(report),
             )
-        page.measure("acknowledged blocks judged", f"{verdict.acknowledged}, none lost")
+        page.measure("acknowledged blocks judged", f"{report.acknowledged}, none lost")
 
     def stop(self) -> None:
         page = self.page
@@ -273,6 +278,24 @@ class Story:
             counts = re.findall(r", (\d+) dirty", text)
             page.must(counts == ["0"] * 4, f"mdadm -X finds all four bitmaps of {Path(disk).name} clean")
 
+    def judge_traces(self) -> None:
+        """Every step of the protocol that both nodes noted, held to the rules that judge simulated runs too."""
+        page = self.page
+        page.step("What both nodes noted on the way is judged, as clustermd trace does")
+        recorded = read_traces([node.files().trace for node in (self.one, self.two)])
+        judge = Judge()
+        for event in recorded.events:
+            judge.see(event)
+        if judge.violations:
+            page.quote(verdict(judge.violations[0], recorded.events, TRACE_WIDTH))
+        events = f"{len(recorded.events)} events in the traces of {len(recorded.nodes)} nodes"
+        page.must(
+            not judge.violations,
+            f"{events} keep all {len(judge.rules)} rules of locks, messages, windows, bits and superblocks",
+            f"{len(judge.violations)} violations, the first: {next(iter(judge.violations), '')}",
+        )
+        page.measure("events of the protocol judged", f"{len(recorded.events)}, every rule held")
+
     # what the steps use
 
     def wait_for_takeover(self, slot: int) -> None:
@@ -295,60 +318,19 @@ class Story:
         """What node2's trace says about the takeover. Its clock is the boot-time one."""
         behind_s = time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
         released_s = happened.released_ns / 1e9 + behind_s
-        points = [point for point in trace_points(self.two) if point["at_s"] >= released_s]
-        read = first(points, "takeover.read", slot=happened.slot)
-        cleared = first(points, "takeover.source_cleared", slot=happened.slot)
-        copied = [point["at_s"] for point in points if point["point"] == "resync.copied"]
-        if not copied:
+        recorded = read_traces([self.two.files().trace])
+        events = [event for event in recorded.events if event.time_s >= released_s]
+        read_s = first(events, "takeover.read", slot=happened.slot)
+        cleared_s = first(events, "takeover.source_cleared", slot=happened.slot)
+        copied_s = [event.time_s for event in events if event.name == "resync.copied"]
+        if not copied_s:
             raise Failed("node2's trace tells of no copying")
-        chunks = len([point for point in points if point["point"] == "resync.copied"])
-        return Takeover(read - released_s, cleared - released_s, copied[-1] - released_s, chunks)
+        return Takeover(read_s - released_s, cleared_s - released_s, copied_s[-1] - released_s)
 
 
-def trace_points(node: Node) -> list[dict[str, Any]]:
-    points = []
-    for line in node.files().trace.read_text().splitlines():
-        with suppress(ValueError):  # the last line may be half written
-            points.append(json.loads(line))
-    return points
-
-
-def first(points: list[dict[str, Any]], name: str, **fields: Any) -> float:
+def first(events: Sequence[Event], name: str, **fields: Any) -> float:
     """When a point was first passed."""
-    for point in points:
-        if point["point"] == name and all(point.get(key) == value for key, value in fields.items()):
-            return float(point["at_s"])
+    for event in events:
+        if event.name == name and all(event.fields.get(key) == value for key, value in fields.items()):
+            return event.time_s
     raise Failed(f"node2's trace has no {name}")
-
-
-def ms(seconds: float) -> str:
-    return f"{seconds * 1000:.0f} ms"
-
-
-def chunks_text(chunks: frozenset[int], most: int = 24) -> str:
-    """Chunk numbers for people."""
-    numbers = sorted(chunks)
-    shown = " ".join(str(number) for number in numbers[:most])
-    return f"{len(numbers)} chunks of 64 KiB: {shown}{' ...' if len(numbers) > most else ''}"
-
-
-def mdadm(*arguments: str) -> str:
-    done = subprocess.run(["mdadm", *arguments], capture_output=True, text=True, timeout=20, check=False)
-    if done.returncode:
-        raise Failed(f"mdadm {' '.join(arguments)} ended with {done.returncode}: {done.stderr}")
-    return done.stdout
-
-
-def examine_bitmap(image: str) -> str:
-    """`mdadm -X` by way of a loop device, which it wants."""
-    losetup = ["losetup", "--find", "--show", "--read-only", image]
-    device = subprocess.run(losetup, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    try:
-        return mdadm("-X", device)
-    finally:
-        subprocess.run(["losetup", "--detach", device], timeout=20, check=False)
-
-
-def pick(text: str, *wanted: str) -> str:
-    """The lines that start with one of the wanted words."""
-    return "\n".join(line for line in text.splitlines() if line.strip().startswith(wanted))

@@ -68,3 +68,14 @@ class Page:
 
     def _paint(self, code: str, text: str) -> str:
         return f"\x1b[{code}m{text}\x1b[0m" if self._colour else text
+
+
+def ms(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms"
+
+
+def chunks_text(chunks: frozenset[int], most: int = 24) -> str:
+    """Chunk numbers for people."""
+    numbers = sorted(chunks)
+    shown = " ".join(str(number) for number in numbers[:most])
+    return f"{len(numbers)} chunks of 64 KiB: {shown}{' ...' if len(numbers) > most else ''}"
