@@ -141,8 +141,10 @@ def crash_points(
         quiet = [add(told) for told in play(Story(name, count) for count in nodes for name in scenarios)]
         firsts = _first_stories(quiet, depth)
         known += len(firsts)
-        seconds = _second_stories((add(told) for told in play(firsts)), depth)
-        known += len(seconds)
+        seconds = []
+        for story in _second_stories((add(told) for told in play(firsts)), depth):
+            seconds.append(story)
+            known += 1
         for told in play(seconds):
             add(told)
     return report
@@ -185,9 +187,8 @@ def _first_stories(quiet: Iterable[Told], depth: int) -> list[Story]:
     return stories
 
 
-def _second_stories(firsts: Iterable[Told], depth: int) -> list[Story]:
+def _second_stories(firsts: Iterable[Told], depth: int) -> Iterator[Story]:
     """Who dies in the recovery from a first death, once for each of its steps and each step of the recovery."""
-    stories: list[Story] = []
     paired: set[tuple[Any, ...]] = set()
     chosen: Counter[tuple[int, str]] = Counter()
     for number, told in enumerate(firsts):
@@ -203,5 +204,4 @@ def _second_stories(firsts: Iterable[Told], depth: int) -> list[Story]:
             kills.sort(key=lambda kill: chosen[story.nodes, kill.step])
             del kills[2:]
         chosen.update((story.nodes, kill.step) for kill in kills)
-        stories += [replace(story, kills=(*story.kills, kill)) for kill in kills]
-    return stories
+        yield from (replace(story, kills=(*story.kills, kill)) for kill in kills)
