@@ -51,6 +51,7 @@ class Port:
         self.heard = 0
         self.told_stable = 0
         self.slow_s = 0.0
+        self.unfenced: set[Member] = set()  # whom it was told are lost, and not that they are proved dead
         self.stateful: Callable[[], bool] = lambda: True  # whether it kept what former views agreed on
         self._delivering = False
         self._accepting = False
@@ -185,6 +186,7 @@ class SimGroup:
             None
         )  # its state belongs to no history that goes on
         self.frozen = False
+        self._proofs: dict[Member, str] = {}
         self.unproved: set[Member] = set()  # whoever was in a quorate view and may still act
         self._goodbyes: dict[Member, Left] = {}
         self._ring = 0
@@ -238,18 +240,18 @@ class SimGroup:
     def fence(self, member: Member, proof: str) -> None:
         """The end of a lost member is proved: ordered, and said again where it may have been lost."""
         if member in self.lost and not self.lost[member]:
-            self.lost[member] = proof
+            self.lost[member] = self._proofs[member] = proof
             for component in self.components:
                 self._say_fenced(component, member)
             if any(
-                len(component.ports) >= self.majority and not component.quorate
+                _votes(component.ports) >= self.majority and not component.quorate
                 for component in self.components
             ):
                 self.reconfigure()
 
     def _say_fenced(self, component: Component, member: Member) -> None:
         """All of this view must hear it, else it is said again in the next one."""
-        proof = self.lost[member]
+        proof = self._proofs[member]
         if not component.quorate or self.frozen:
             return
         waiting = set(component.ports)
@@ -257,6 +259,7 @@ class SimGroup:
         def deliver(port: Port) -> None:
             assert port.events is not None
             port.events.on_fenced(member, proof)
+            port.unfenced.discard(member)
             waiting.discard(port)
             if not waiting:
                 self.lost.pop(member, None)
@@ -328,9 +331,12 @@ class SimGroup:
             self._ring += 1
             components.append(self._begin(ports, side, left, quorate_before, len(sides) > 1))
         self.components = components
-        proved = [member for member, proof in self.lost.items() if proof]
         for component in components:
-            for member in proved:
+            # also what some of its members were cut off from when it was said
+            behind = {
+                member for port in component.ports for member in port.unfenced if member in self._proofs
+            }
+            for member in sorted(behind | {member for member, proof in self.lost.items() if proof}):
                 self._say_fenced(component, member)
         for port in everybody:
             if self.draw.below(2):
@@ -346,7 +352,7 @@ class SimGroup:
         quorate_before: set[Port],
         divided: bool,
     ) -> Component:
-        quorate = len(ports) >= self.majority or (self.durable and not divided)
+        quorate = _votes(ports) >= self.majority or (self.durable and not divided)
         members = tuple(port.me for port in ports)
         if quorate:
             # whoever ever acted in a quorate view and neither left nor is proved dead may act still
@@ -369,6 +375,7 @@ class SimGroup:
         for port in ports:
             port.component = component
             port.heard = port.told_stable = 0
+            port.unfenced.update(member for member, reason in gone.items() if reason is Left.LOST)
             port.tell(_view(view))
         return component
 
@@ -380,7 +387,7 @@ class SimGroup:
         there are none, what the majority knew is lost, and the remainder must start anew as well.
         """
         stateful = [port for port in ports if port.stateful()]
-        if len(stateful) >= self.majority:
+        if _votes(stateful) >= self.majority:
             return True
         if not stateful:
             return not divided and all(self.lost.values())
@@ -388,6 +395,11 @@ class SimGroup:
             for port in stateful:
                 self.on_state_lost(port)
         return False
+
+
+def _votes(ports: list[Port]) -> int:
+    """One a node, also while a former incarnation of it is not missed yet."""
+    return len({port.me.node for port in ports})
 
 
 def _view(view: View) -> Entry:
