@@ -230,7 +230,7 @@ class Summary:
             shown = " ".join(map(str, seeds[:20])) + (" ..." if len(seeds) > 20 else "")
             violation = self.broken[seeds[0]]
             lines.append(
-                f"BROKEN {rule} ({violation.spec}, {violation.layer.value} layer), {len(seeds)} seeds: {shown}"
+                f"BROKEN {rule} ({violation.spec}, {violation.layer.value} layer), {len(seeds)} seed{'s' if len(seeds) > 1 else ''}: {shown}"
             )
         if not self.broken:
             lines.append("violations: none")

@@ -49,8 +49,10 @@ class Violation:
     events: tuple[int, ...] = field(default=())
 
     def __str__(self) -> str:
-        where = f"{self.rule} ({self.spec}, {self.layer.value} layer)"
-        return f"{where} at {self.time_s:.6f} s on {self.node}: {self.message}"
+        where = f"{self.rule} ({self.spec}, {self.layer.value} layer) at {self.time_s:.6f} s"
+        if self.node:
+            where += f" on {self.node}"
+        return f"{where}: {self.message}"
 
 
 class Rule(Protocol):
