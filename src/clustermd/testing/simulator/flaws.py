@@ -4,12 +4,13 @@ A `Flaw` is a name, what it does wrong in one sentence, and patches: an attribut
 what stands there instead. F1 to F40 are the flaws of Linux's clustered md (`docs/flaws.md`), in our code done as Linux
 does it, or as somebody might do it here one day. Those named after a rule break one of the design's rules. The last
 ones break what a rule of the simulator or of the trace judge watches, so that every one of those is seen to fire.
+Those in `flaws_found` were our own once: simulated runs found them.
 
     with put_back("F4"):
         outcome = run_seed(17)
         print(outcome.violation)
 
-The patches are in four files by what they break: `flaws_takeover`, `flaws_cluster`, `flaws_array`, `flaws_planted`.
+The patches are in five files: `flaws_takeover`, `flaws_cluster`, `flaws_array`, `flaws_planted`, `flaws_found`.
 """
 
 from __future__ import annotations
@@ -59,13 +60,20 @@ def put_back(name: str) -> Iterator[None]:
 
 def all_flaws() -> dict[str, Flaw]:
     """All flaws by name, those of Linux first."""
-    from clustermd.testing.simulator import flaws_array, flaws_cluster, flaws_planted, flaws_takeover
+    from clustermd.testing.simulator import (
+        flaws_array,
+        flaws_cluster,
+        flaws_found,
+        flaws_planted,
+        flaws_takeover,
+    )
 
     flaws = [
         *flaws_takeover.FLAWS,
         *flaws_cluster.FLAWS,
         *flaws_array.FLAWS,
         *flaws_planted.FLAWS,
+        *flaws_found.FLAWS,
     ]
     return {flaw.name: flaw for flaw in flaws}
 

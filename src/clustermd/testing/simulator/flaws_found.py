@@ -1,0 +1,274 @@
+"""Flaws of our own that simulated runs found, as they were: what the code did before it was put right.
+
+Each is kept as a small run of the same name in `tests/simulator/kept`, or has a direct story: with the flaw put back it
+must break again, and as the code stands it must not (`tests/simulator/test_bugs_found.py`, `docs/flaws.md`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from typing import Any
+
+from clustermd.array import array as array_module
+from clustermd.array import assemble
+from clustermd.array.array import Array
+from clustermd.array.metadata import Metadata
+from clustermd.array.read import Reader, ReadOp
+from clustermd.array.resync import Resync
+from clustermd.cluster import life as life_module
+from clustermd.cluster.cluster import Cluster
+from clustermd.cluster.life import Life
+from clustermd.cluster.slot_lock import read_block, slot_lock_name, try_vacant
+from clustermd.device.helpers import read_bytes
+from clustermd.device.member_device import MemberDevice, Submitter
+from clustermd.dlm.engine import Engine
+from clustermd.dlm.modes import Mode
+from clustermd.dlm.resource import Resource
+from clustermd.errors import ClusterLost, Refused
+from clustermd.ondisk.superblock import Superblock, find, location
+from clustermd.testing.simulator.flaws import flaw, patched
+
+_copy, _adopt, _reload, _end_sessions = Resync._copy, Metadata._adopt, Metadata.reload, Engine.end_sessions
+_grant_converting, _failed = Resource._grant_converting, Reader.failed
+
+
+# --- undecided data and bad sectors -----------------------------------------------------------------------------
+
+
+async def _copy_from_whoever_has_it_all(self: Resync, lo: int, hi: int, first_only: bool = False) -> None:
+    await _copy(self, lo, hi)
+
+
+def _reads_from_whoever_has_it_all(self: Reader, op: ReadOp, result: int) -> None:
+    with patched(((self, "read_first", lambda lo, hi: False),)):
+        _failed(self, op, result)
+
+
+# --- joining ------------------------------------------------------------------------------------------------------
+
+
+async def _stays_a_member(self: Cluster) -> None:
+    """A life that came to nothing goes on until the next attempt."""
+
+
+def _gathers(queues: bool, believes: bool) -> Any:
+    async def gather(self: Life, slot: int) -> None:
+        while True:
+            vacant = await try_vacant(self._lockspace, slot)
+            if vacant is not None:
+                try:
+                    self.trace.point("join.locked", slot=slot)
+                    if await self.array.merge_slot(slot):
+                        await self._claim_right()
+                finally:
+                    await vacant.unlock()
+                self.trace.point("join.merged", slot=slot)
+                return
+            if any(member.slot == slot + 1 for member in self._lockspace.slots):
+                async with self.channel.receiving:
+                    block = await read_block(self._lockspace, slot)
+                    if slot in self.takeovers & self._gone and not believes:
+                        continue
+                    self.array.set_window(slot, block.lo, block.hi)
+                    self.trace.point("join.window", slot=slot, lo=block.lo, hi=block.hi)
+                return
+            if queues:
+                lock = await self._lockspace.lock(slot_lock_name(slot), Mode.PW, value_block=True)
+                await lock.unlock()
+            else:
+                await asyncio.sleep(life_module.LOOK_AGAIN_S)
+
+    return gather
+
+
+async def _claims_nothing(self: Life) -> None:
+    """The resync right is asked for when there is time to copy."""
+
+
+def _clean_ends_leave_nothing(
+    self: Engine, keys: Any, *, clean: bool, node_died: bool = False, node_left: bool = False
+) -> None:
+    _end_sessions(self, keys, clean=clean, node_died=node_died, node_left=clean)
+
+
+async def _all_places_or_none(submitter: Submitter, device: MemberDevice) -> Superblock:
+    parts = {}
+    for minor in (0, 1, 2):
+        at = location(minor, device.size_sectors)
+        block_sectors = max(1, device.logical_block_bytes // 512)
+        count = min(8, device.size_sectors - at) // block_sectors * block_sectors
+        if at % block_sectors == 0 and count > 0:
+            parts[at] = await read_bytes(submitter, device, at * 512, count * 512)
+    return find(lambda sector, count: parts.get(sector, b"")[: count * 512], device.size_sectors)
+
+
+# --- faults of members ------------------------------------------------------------------------------------------------
+
+
+def _knows_it_alone(self: Metadata, newest: Superblock, fresh: dict[int, Superblock]) -> None:
+    """A fault that is read from the superblocks is known to all."""
+    before = self.state.unpublished
+    _adopt(self, newest, fresh)
+    if all(member.fault_recorded for member in self.state.members if member.faulty):
+        self.state.unpublished = before
+
+
+async def _reads_what_it_trusts(self: Metadata, *, ours: bool = False, announced: int | None = None) -> None:
+    """A member that this node has failed is not read, whatever was announced there."""
+    failed = [member for member in self.state.members if member.faulty and not member.fault_recorded]
+    for member in failed:
+        member.fault_recorded = True
+    try:
+        await _reload(self, ours=ours)
+    except (Refused, OSError):
+        for member in failed:
+            member.fault_recorded = False
+        raise
+
+
+async def _begins_with_all_or_none(self: Metadata) -> None:
+    """Each member that works must be readable, although it is not known yet who else could judge it."""
+    for member in self.state.members:
+        if member.faulty and not member.fault_recorded and not member.stuck:
+            try:
+                await self.read_one(member)
+            except (OSError, Refused):
+                continue
+            member.faulty = False
+            member.why = ""
+            self.state.trace.point("member.trusted", number=member.number)
+    self.state.unpublished = False
+    self.state.refresh()
+    await self.reload()
+
+
+# --- ends -------------------------------------------------------------------------------------------------------------
+
+
+async def _stops_and_merges_on(self: Array) -> None:
+    state = self.state
+    state.gate.shut("stopped")
+    left = state.bitmap is not None and next(state.bitmap.dirty_chunks(), None) is not None
+    ending = asyncio.get_running_loop().create_task(self._end_tasks())
+    await asyncio.wait((ending,), timeout=array_module.CUT_S)
+    await self._drain()
+    await self.coordinator.leave(handover=left)
+    await ending
+
+
+async def _sweeps_until_surprised(self: Array) -> None:
+    state = self.state
+    header = state.bitmap_header
+    delay_s = header.daemon_sleep if header is not None else 5
+    while True:
+        await asyncio.sleep(delay_s)
+        if state.held:
+            continue
+        try:
+            if await self.sweep.once():
+                self.changed()
+        except ClusterLost:
+            continue
+        except OSError as error:
+            if error.errno != errno.ESHUTDOWN:
+                state.log.warning("a sweep failed: %s", error)
+
+
+# --- the lock manager ---------------------------------------------------------------------------------------------
+
+
+def _tells_who_did_not_ask(self: Resource, high: int, cw_blocked: bool) -> tuple[int, bool]:
+    silent = [lock for lock in self.converting if not lock.wants_bast]
+    for lock in silent:
+        lock.wants_bast = True
+    try:
+        return _grant_converting(self, high, cw_blocked)
+    finally:
+        for lock in silent:
+            lock.wants_bast = False
+
+
+FLAWS = (
+    flaw(
+        "whole-step-from-another-copy",
+        "a resync takes a whole step from another copy because of one bad sector of the first",
+        (Resync, "_copy", _copy_from_whoever_has_it_all),
+    ),
+    flaw(
+        "whole-read-from-another-copy",
+        "a read of undecided data is answered whole from another copy because of one bad sector of the first",
+        (Reader, "failed", _reads_from_whoever_has_it_all),
+    ),
+    flaw(
+        "joiners-refuse-each-other",
+        "a node whose join failed stays a member with a shut gate until its next attempt",
+        (Cluster, "abandon", _stays_a_member),
+        (array_module, "REJOIN_MOST_S", array_module.REJOIN_S),
+    ),
+    flaw(
+        "ended-without-leaving",
+        "a session that ends in order leaves nothing to recover, whatever lockspace it had not left",
+        (Engine, "end_sessions", _clean_ends_leave_nothing),
+    ),
+    flaw(
+        "follower-answers-early",
+        "who follows a fault that another node found answers before all have followed",
+        (Metadata, "_adopt", _knows_it_alone),
+    ),
+    flaw(
+        "half-each",
+        "a node reads what is announced only on members that it has not failed itself",
+        (Metadata, "reload", _reads_what_it_trusts),
+    ),
+    flaw(
+        "settled-before-the-joiner-copied",
+        "a joiner that merged bits does not hold the resync right when it lets the slot go",
+        (Life, "_claim_right", _claims_nothing),
+    ),
+    flaw(
+        "joiner-queues-for-a-slot",
+        "a joiner queues for the lock of a slot that somebody takes over",
+        (Life, "_gather", _gathers(queues=True, believes=False)),
+    ),
+    flaw(
+        "lost-value-block-is-no-window",
+        "a joiner believes the lost value block of an owner that died",
+        (Life, "_gather", _gathers(queues=False, believes=True)),
+    ),
+    flaw(
+        "start-refused-takes-over",
+        "a stop of a start that failed lets takeovers run without a bitmap",
+        (Array, "_stop_at_once", _stops_and_merges_on),
+    ),
+    flaw(
+        "one-node-blocks-all",
+        "a node that alone cannot read a member tries for ever, and nobody can record anything meanwhile",
+        (life_module, "RELOADS", 1 << 30),
+    ),
+    flaw(
+        "unreadable-place-refuses-a-disk",
+        "a disk is refused when a place for another superblock version cannot be read",
+        (assemble, "read_superblock", _all_places_or_none),
+    ),
+    flaw(
+        "dead-disk-keeps-it-out",
+        "a node that comes back alone must read each member before it is known who else is there",
+        (Metadata, "begin_anew", _begins_with_all_or_none),
+    ),
+    flaw(
+        "sweep-ends-silently",
+        "a sweep that fails in an unexpected way is the last one",
+        (Array, "_sweep", _sweeps_until_surprised),
+    ),
+    flaw(
+        "loss-that-nobody-hears-of",
+        "nobody hears of the loss that ends giving back the resync right",
+        (life_module, "_seen", lambda task: None),
+    ),
+    flaw(
+        "blocking-callback-nobody-asked-for",
+        "a deadlocked conversion is told of itself, though its owner asked for no callbacks",
+        (Resource, "_grant_converting", _tells_who_did_not_ask),
+    ),
+)
