@@ -283,7 +283,9 @@ def check_complete(state: ArrayState, peers: Sequence[str], allow_degraded: bool
         raise Refused(
             "member-missing-here",
             f"{state.name}: {', '.join(doubtful)} cannot be used here, and no disk says that it has failed"
-            + (f", so {', '.join(peers)} may go on with it" if peers else ": start the array anew with --run"),
+            + (
+                f", so {', '.join(peers)} may go on with it" if peers else ": start the array anew with --run"
+            ),
             paths=doubtful,
         )
     if not missing:

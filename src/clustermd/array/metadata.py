@@ -168,7 +168,10 @@ class Metadata:
                 raise Refused("superblock-unconfirmed", words, path=member.path)
         theirs = [member.path for member in ours_alone if newest.role_of(member.number) < ROLE_LIMIT]
         if theirs and not any(newest.role_of(member.number) < ROLE_LIMIT for member in state.in_sync):
-            words = f"{state.name}: others have failed every member that this node has, and go on with {', '.join(theirs)}"
+            paths = ", ".join(theirs)
+            words = (
+                f"{state.name}: others have failed every member that this node has, and go on with {paths}"
+            )
             self.outvoted(words)
             raise Refused("faults-conflict", words, paths=theirs)
 

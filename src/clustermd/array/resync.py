@@ -398,9 +398,7 @@ class Resync:
                 state.trace.point("resync.step", lo=lo, hi=hi)
             state.ranges.remove(step)
 
-    async def _read_source(
-        self, lo: int, hi: int, length: int, first_only: bool
-    ) -> tuple[Member, Shared]:
+    async def _read_source(self, lo: int, hi: int, length: int, first_only: bool) -> tuple[Member, Shared]:
         """The member that delivered, and what. A read that was given up keeps its buffer: it may still land."""
         state = self.state
         tried = 0

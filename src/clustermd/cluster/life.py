@@ -329,7 +329,7 @@ class Life:
         return 0
 
     async def _reload_again(self) -> None:
-        """Until that is done no node can record anything. So what is a fault of ours alone is soon one of the member."""
+        """Until that is done no node can record anything: what only we cannot read is soon a fault of that member."""
         self._reloads += 1
         if self._reloads <= RELOADS:
             async with self.channel.receiving:  # not in the middle of an update of ours

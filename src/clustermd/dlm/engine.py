@@ -134,8 +134,8 @@ class Engine:
         """Sessions that said goodbye (`clean`), or whose process (or node) is proved dead: purge.
 
         A dead process leaves every value block under its PW or EX lock invalid, a dead node only those it held with
-        VALBLK (dlm.md 2.4). Whoever ends without leaving a lockspace first may have left something there that others must
-        recover, however clean its end: only `leave`, or a node that leaves, says that there is nothing.
+        VALBLK (dlm.md 2.4). Whoever ends without leaving a lockspace first may have left something there that others
+        must recover, however clean its end: only `leave`, or a node that leaves, says that there is nothing.
         """
         ended = frozenset(key for key in keys if key in self.sessions)
         for key in ended:

@@ -1,12 +1,12 @@
 """The simulated process group: one order, views, partitions, and proofs of ends (`group/process_group.py`).
 
-A `Component` is a set of members that hear each other; normally there is one. Messages wait to be ordered, are ordered
-by their component, and reach each member after a delay of its own, in order. So a member may die, be cut off or be paused
-between any two messages. Two manners of real groups are played:
+A `Component` is a set of members that hear each other; normally there is one. Messages wait to be ordered, are
+ordered by their component, and reach each member after a delay of its own, in order. So a member may die, be cut off or
+be paused between any two messages. Two manners of real groups are played:
 
 - **durable** (as `local`): what is ordered survives whoever ordered it, and is stable when delivered.
 - **agreed** (as corosync): what only members that are gone have heard is lost to the others; a message is stable once
-  members with a majority of all votes have heard it. A member that is cut off may have heard what nobody else ever hears.
+  members with a majority of all votes have heard it. A member that is cut off may have heard what nobody else hears.
 
 A view that has no majority is not quorate. A member that is gone without goodbye is lost, and told of as lost again in
 each view in which somebody joins, until `fence` says that it has ended and its I/O has drained.
