@@ -229,9 +229,9 @@ class Summary:
         for rule, seeds in self.by_rule().items():
             shown = " ".join(map(str, seeds[:20])) + (" ..." if len(seeds) > 20 else "")
             violation = self.broken[seeds[0]]
-            lines.append(
-                f"BROKEN {rule} ({violation.spec}, {violation.layer.value} layer), {len(seeds)} seed{'s' if len(seeds) > 1 else ''}: {shown}"
-            )
+            where = f"{violation.spec}, {violation.layer.value} layer"
+            counted = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+            lines.append(f"BROKEN {rule} ({where}), {counted}: {shown}")
         if not self.broken:
             lines.append("violations: none")
         return "\n".join(lines) + "\n"
