@@ -316,6 +316,11 @@ class SimGroup:
         if self.frozen:
             return
         left, self._goodbyes = self._goodbyes, {}
+        for port in [port for port in self.ports() if port.me in self._proofs]:
+            # It was fenced, and lives on: it comes back with a new incarnation or not at all.
+            self._drop(port)
+            if port.process.alive:
+                self.on_state_lost(port)
         before = {port: component for component in self.components for port in component.ports}
         for port, component in before.items():
             self._close(port, component)
