@@ -1,0 +1,193 @@
+"""Bugs of our own that simulated runs found, those with a story simpler than a run: each right, and with the bug back.
+
+The bugs are those of `clustermd.testing.simulator.flaws_found`; its others are kept as runs (`test_bugs_found.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import gc
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from array_kit import data_of, make_images, poke, run, slot_area, superblock_of, until
+from cluster_in_process import InProcessCluster, cluster_of
+from faulty_submitter import Fault
+from flaws import both_ways, flaw, patience
+
+from clustermd.array import faults, resync
+from clustermd.cluster import life as life_module
+from clustermd.cluster.life import Life
+from clustermd.device.member_device import Op
+from clustermd.ondisk.create import BitmapKind
+from clustermd.ondisk.superblock import ROLE_FAULTY
+from clustermd.testing.simulator.flaws import all_flaws
+
+BLOCK = 4096
+CHUNK = 64 << 10
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resync, "RETRY_S", 0.02)
+    monkeypatch.setattr(faults, "RETRY_S", 0.02)
+    monkeypatch.setattr(life_module, "RETRY_S", 0.02)
+
+
+def clustered(tmp_path: Path, count: int = 2) -> list[Path]:
+    return make_images(tmp_path, count, bitmap=BitmapKind.CLUSTERED, delay=60)
+
+
+def bug(name: str) -> Any:
+    return all_flaws()[name].make()
+
+
+def dies_when_somebody_looks(cluster: InProcessCluster, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Node `number` dies, and its end is proved, in the moment in which a joiner begins to read its value block."""
+    right = life_module.read_block
+
+    async def too_late(lockspace: Any, slot: int) -> Any:
+        if number in cluster.nodes and slot == number - 1:
+            await cluster.kill(number)
+            cluster.group.settle()
+        return await right(lockspace, slot)
+
+    monkeypatch.setattr(life_module, "read_block", too_late)
+
+
+@both_ways
+def test_a_joiner_does_not_take_a_lost_value_block_for_no_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flawed: bool
+) -> None:
+    paths = clustered(tmp_path)
+
+    async def story() -> None:
+        async with cluster_of(1, paths) as cluster:
+            await cluster.nodes[1].client.write(3 * CHUNK, b"1" * BLOCK)
+            two = cluster.add(2)
+            dies_when_somebody_looks(cluster, monkeypatch, 1)
+            await asyncio.wait_for(two.assemble(paths), 20)
+            begun = two.names().index("array.serving")
+            assert ("join.merged", {"slot": 0}) in two.events[:begun], "it serves without the bits"
+
+    with flaw(flawed, "serves without the bits", *bug("lost-value-block-is-no-window")):
+        run(story())
+
+
+@both_ways
+def test_what_a_joiner_merged_is_copied_before_anybody_takes_the_array_for_settled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flawed: bool
+) -> None:
+    """The joiner is quicker than the survivor, and then slow: it looks at a last slot before it may copy."""
+    paths = clustered(tmp_path)
+    last, length, _ = slot_area(paths[0], 3)
+    may_merge = asyncio.Event()
+    merge = Life._merge
+
+    async def later(self: Life, slot: int) -> None:
+        await may_merge.wait()
+        await merge(self, slot)
+
+    monkeypatch.setattr(Life, "_merge", later)
+
+    async def story() -> None:
+        async with cluster_of(2, paths, faulty=True) as cluster:
+            one, two = cluster.nodes[1], cluster.nodes[2]
+            for node in (one, two):
+                await asyncio.wait_for(node.array.idle(), 20)
+            await one.client.write(3 * CHUNK, b"1" * BLOCK)
+            poke(paths[1], 3 * CHUNK, b"0" * BLOCK)
+            three = cluster.add(3)
+            dies_when_somebody_looks(cluster, monkeypatch, 1)
+            slow = Fault(ops=(Op.READ,), lo=last, hi=last + length, stuck=True)
+            joining = asyncio.create_task(three.assemble(paths, faults=[slow]))
+            await until(lambda: slow.hits)
+            assert ("join.merged", {"slot": 0}) in three.events
+            may_merge.set()
+            await until(lambda: "takeover.done" in two.names())
+            await until(
+                lambda: any(
+                    name == "lock.asked" and fields["resource"] == "resync" and fields["mode"] == "EX"
+                    for name, fields in two.events[two.names().index("takeover.done") :]
+                )
+            )
+            for _ in range(5):
+                reads = [two.client.read(3 * CHUNK, BLOCK) for _ in range(8)]  # enough for both copies
+                assert set(await asyncio.gather(*reads)) == {b"1" * BLOCK}, "an older copy is read"
+            slow.end()
+            three.disks.release()
+            await joining
+            for node in (two, three):
+                await asyncio.wait_for(node.array.idle(), 20)
+
+    with flaw(flawed, "an older copy is read", *bug("settled-before-the-joiner-copied")):
+        run(story())
+    if not flawed:
+        assert data_of(paths[0]) == data_of(paths[1])
+
+
+@both_ways
+def test_a_member_that_one_node_cannot_read_keeps_nobody_from_recording_faults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flawed: bool
+) -> None:
+    paths = clustered(tmp_path, 3)
+    monkeypatch.setattr(faults, "RETRY_S", 4 * life_module.RELOADS * life_module.RETRY_S)
+
+    async def story() -> None:
+        async with cluster_of(2, paths, faulty=True) as cluster:
+            one, two = cluster.nodes[1], cluster.nodes[2]
+            for node in (one, two):
+                await asyncio.wait_for(node.array.idle(), 20)
+            two.disks.fault(member="disk1", ops=(Op.READ,), error=errno.EIO)
+            at = superblock_of(paths[0]).data_offset * 512
+            one.disks.fault(member="disk2", ops=(Op.WRITE,), lo=at, error=errno.EIO, times=1)
+            writing = one.client.write(3 * CHUNK, b"1" * BLOCK)
+            await asyncio.wait_for(writing, patience(flawed))
+            assert superblock_of(paths[0]).dev_roles[1:3] == (ROLE_FAULTY, ROLE_FAULTY)
+
+    with flaw(flawed, "TimeoutError", *bug("one-node-blocks-all")):
+        run(story())
+
+
+@both_ways
+def test_the_loss_that_ends_giving_back_the_resync_right_is_noticed(tmp_path: Path, flawed: bool) -> None:
+    paths = clustered(tmp_path)
+    said: list[str] = []
+
+    async def story() -> None:
+        loop = asyncio.get_running_loop()
+        async with cluster_of(1, paths) as cluster:
+            one = cluster.nodes[1]
+            await asyncio.wait_for(one.array.idle(), 20)
+            held = asyncio.Event()
+
+            async def hold() -> None:
+                async with one.array.coordinator.resync_right():
+                    held.set()
+                    await asyncio.Event().wait()
+
+            holding = asyncio.create_task(hold())
+            await held.wait()
+            given = asyncio.Event()
+            one.at("resync.right_given", lambda fields: given.set())
+            cluster._pumping = True  # no answer
+            holding.cancel()
+            await given.wait()
+            holding.cancel()
+            with suppress(asyncio.CancelledError):
+                await holding
+            before = loop.get_exception_handler()
+            loop.set_exception_handler(lambda _, context: said.append(str(context["message"])))
+            cluster._pumping = False
+            one.end_session(one.lose_session())
+            del holding
+            await until(lambda: one.names().count("array.serving") == 2 or one.array.state.counters.rejoins)
+            gc.collect()
+            loop.set_exception_handler(before)
+            assert not said, f"{said}"
+
+    with flaw(flawed, "never retrieved", *bug("loss-that-nobody-hears-of")):
+        run(story())
