@@ -47,6 +47,8 @@ class Io:
 class Fault:
     """Which requests, and what they get. `member` is a part of the path; `times` how many requests are hit.
 
+    `until_written`: as a latent read error, gone when somebody writes there.
+
     Exactly one of `error` (an errno), `short` (bytes that are moved all the same) and `stuck`.
     """
 
@@ -59,6 +61,7 @@ class Fault:
     stuck: bool = False
     times: int = 1 << 30
     skip: int = 0
+    until_written: bool = False
     only: Callable[[Io], bool] = lambda io: True
     hits: list[Io] = field(default_factory=list)
 
@@ -149,6 +152,10 @@ class FaultySubmitter:
     ) -> None:
         io = Io(device.path, op, offset_bytes, length_bytes, fua)
         self.log.append(io)
+        for known in self.faults:
+            there = known.member in io.path and io.offset < known.hi and io.end > known.lo
+            if known.until_written and op is Op.WRITE and there:
+                known.times = 0
         fault = None
         if self.gate.state is GateState.OPEN:
             fault = next((fault for fault in self.faults if fault.means(io)), None)

@@ -111,6 +111,13 @@ def test_the_last_good_member_is_not_failed_and_its_error_is_the_clients(tmp_pat
 # --- read errors -------------------------------------------------------------------------------------
 
 
+def bad_sector(array: Array, at: int) -> None:
+    """The sector at byte `at` of the first member cannot be read until it is written."""
+    disks_of(array).fault(
+        member="disk0", ops=(Op.READ,), lo=at, hi=at + 512, error=errno.EIO, until_written=True
+    )
+
+
 def test_a_read_error_is_answered_from_another_member_and_repaired(tmp_path: Path) -> None:
     paths = make_images(tmp_path)
 
@@ -118,10 +125,18 @@ def test_a_read_error_is_answered_from_another_member_and_repaired(tmp_path: Pat
         async with running(paths, faulty=True) as (array, client):
             disks = disks_of(array)
             await client.write(0, b"g" * BLOCK)
-            poke(paths[0], 0, b"b" * BLOCK)
-            disks.fault(member="disk0", ops=(Op.READ,), lo=data_at(paths[0]), error=errno.EIO, times=1)
+            poke(paths[0], 512, b"b" * 512)
+            bad_sector(array, data_at(paths[0]) + 512)
             assert await client.read(0, BLOCK) == b"g" * BLOCK
             await until(lambda: array.status().counters["read_errors_corrected"] == 1)
+            writes = [
+                io
+                for io in disks.log
+                if io.op is Op.WRITE and io.offset >= data_at(paths[0]) and io.length == 512
+            ]
+            assert [io.offset for io in writes] == [data_at(paths[0]) + 512], (
+                "what could be read was rewritten"
+            )
             assert not any(member.faulty for member in array.members())
 
     run(story())
@@ -149,15 +164,14 @@ def test_a_member_may_have_twenty_read_errors_and_no_more(tmp_path: Path, length
 
     async def story() -> None:
         async with running(paths, faulty=True) as (array, client):
-            disks = disks_of(array)
             array.state.settled = False
             for turn in range(20):
-                disks.fault(member="disk0", ops=(Op.READ,), lo=data_at(paths[0]), error=errno.EIO, times=1)
+                bad_sector(array, data_at(paths[0]) + turn * length)
                 await client.read(turn * length, length)
                 done = turn + 1
                 await until(lambda: array.status().counters["read_errors_corrected"] == done)  # noqa: B023
             assert not array.members()[0].faulty
-            disks.fault(member="disk0", ops=(Op.READ,), lo=data_at(paths[0]), error=errno.EIO, times=1)
+            bad_sector(array, data_at(paths[0]))
             await client.read(0, length)
             await until(lambda: roles(paths[1]) == (ROLE_FAULTY, 1))
 
@@ -172,7 +186,7 @@ def test_a_repair_that_meets_a_shut_gate_fails_nobody(tmp_path: Path) -> None:
             disks = disks_of(array)
             at = data_at(paths[0])
             array.state.settled = False
-            disks.fault(member="disk0", ops=(Op.READ,), lo=at, error=errno.EIO, times=1)
+            bad_sector(array, at)
             rewriting = disks.fault(member="disk0", ops=(Op.WRITE,), lo=at, stuck=True, times=1)
             await client.read(0, BLOCK)
             await until(lambda: rewriting.hits)

@@ -134,7 +134,6 @@ def test_a_member_that_one_node_cannot_read_keeps_nobody_from_recording_faults(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flawed: bool
 ) -> None:
     paths = clustered(tmp_path, 3)
-    monkeypatch.setattr(faults, "RETRY_S", 4 * life_module.RELOADS * life_module.RETRY_S)
 
     async def story() -> None:
         async with cluster_of(2, paths, faulty=True) as cluster:

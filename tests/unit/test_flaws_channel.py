@@ -447,7 +447,9 @@ def test_two_nodes_that_fail_both_members_at_once_keep_one(tmp_path: Path) -> No
             results = await asyncio.wait_for(asyncio.gather(*answers), 10)
             assert [answer.error for answer in results] == [0, 0]
             roles = [superblock_of(path).dev_roles[:2] for path in paths]
-            assert ((0, ROLE_FAULTY) in roles) != ((ROLE_FAULTY, 1) in roles), "each goes on with a half of its own"
+            assert ((0, ROLE_FAULTY) in roles) != ((ROLE_FAULTY, 1) in roles), (
+                "each goes on with a half of its own"
+            )
             sides = [[member.number for member in node.array.state.in_sync] for node in (one, two)]
             assert sides in ([[0], [0]], [[1], [1]]), "each goes on with a half of its own"
 

@@ -430,7 +430,9 @@ def test_f11_a_repair_does_not_write_old_data_over_another_nodes_write(tmp_path:
             await one.client.write(0, b"old" + bytes(BLOCK - 3))
             at = data_at(paths[0])
             one.array.state.settled = False
-            one.disks.fault(member="disk0", ops=(Op.READ,), lo=at, hi=at + BLOCK, error=errno.EIO, times=1)
+            one.disks.fault(
+                member="disk0", ops=(Op.READ,), lo=at, hi=at + 512, error=errno.EIO, until_written=True
+            )
             repair = one.disks.fault(
                 member="disk0", ops=(Op.WRITE,), lo=at, hi=at + BLOCK, stuck=True, times=1
             )

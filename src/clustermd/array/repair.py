@@ -1,4 +1,4 @@
-"""Repairing a read error: the good copy is written over the bad one, under the rules of a resync.
+"""Repairing a read error: the good copy of the bad blocks is written over them, under the rules of a resync.
 
 Another node could write the block between our read of the good copy and our write of it, so a repair takes the
 resync right and a window, like any copy (rule 9, F11). A member that does not take it, or that has used up
@@ -85,38 +85,64 @@ class Repair:
         state = self.state
         if member.faulty:
             return
+        step = await hold_range(state, lo, hi)
+        try:
+            sectors = await self._mend(member, lo, hi)
+        finally:
+            state.ranges.remove(step)
+        if sectors:
+            member.corrected_errors += sectors // 8 or 1
+            state.counters.read_errors_corrected += 1
+            state.log.info("%s: read error corrected at sectors %d to %d", member.path, lo, hi)
+
+    async def _mend(self, member: Member, lo: int, hi: int) -> int:
+        """Rewrite those blocks of [lo, hi) that the member does not deliver, and no others; how many sectors.
+
+        What it does deliver, readers may have seen; where copies may still differ, another has other content (I17).
+        """
+        state = self.state
         length = (hi - lo) * 512
+        block = member.device.logical_block_bytes // 512
         shared = Shared(state.submitter.pool.take(length))
         try:
-            step = await hold_range(state, lo, hi)
-            try:
-                await self._copy(member, lo, hi, shared)
-            finally:
-                state.trace.point("resync.step", lo=lo, hi=hi)
-                state.ranges.remove(step)
+            result = await transfer(state, member, Op.READ, lo, length, shared)
+            if result == length:
+                return 0
+            if result == -errno.ESHUTDOWN:
+                raise OSError(errno.ESHUTDOWN, "the gate is shut")
+            if result == -errno.ETIMEDOUT:
+                self._fail(1 << member.index, f"no answer at sector {lo}")
+                return 0
+            if hi - lo <= block:
+                return await self._copy(member, lo, hi, shared)
         finally:
             shared.drop()
+        middle = lo + max(block, (hi - lo) // 2 // block * block)
+        sectors = await self._mend(member, lo, middle)
+        return sectors if member.faulty else sectors + await self._mend(member, middle, hi)
 
-    async def _copy(self, member: Member, lo: int, hi: int, shared: Shared) -> None:
+    async def _copy(self, member: Member, lo: int, hi: int, shared: Shared) -> int:
+        """Write another copy of [lo, hi) over that of `member`; the sectors written and read back."""
         state = self.state
         length = (hi - lo) * 512
         source = state.first_copy(lo, hi, 1 << member.index)
         if source is None or await transfer(state, source, Op.READ, lo, length, shared) != length:
-            return
+            return 0
         state.trace.point("resync.read", lo=lo, hi=hi)
         state.trace.point("resync.write", lo=lo, hi=hi, members=[member.number], durable=True)
-        result = await transfer(state, member, Op.WRITE, lo, length, shared, fua=True)
-        if result == length:
-            state.trace.point("resync.wrote", lo=lo, hi=hi)
-            result = await transfer(state, member, Op.READ, lo, length, shared)
-        if result == length:
-            member.corrected_errors += length // 4096 or 1
-            state.counters.read_errors_corrected += 1
-            state.log.info("%s: read error corrected at sectors %d to %d", member.path, lo, hi)
-        elif result == -errno.ESHUTDOWN:
+        try:
+            result = await transfer(state, member, Op.WRITE, lo, length, shared, fua=True)
+            if result == length:
+                state.trace.point("resync.wrote", lo=lo, hi=hi)
+                result = await transfer(state, member, Op.READ, lo, length, shared)
+        finally:
+            state.trace.point("resync.step", lo=lo, hi=hi)
+        if result == -errno.ESHUTDOWN:
             raise OSError(errno.ESHUTDOWN, "the gate is shut")
-        else:
+        if result != length:
             self._fail(1 << member.index, f"a read error at sector {lo} could not be repaired ({result})")
+            return 0
+        return hi - lo
 
     async def stop(self) -> None:
         if self._task is not None:

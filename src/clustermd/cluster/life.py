@@ -322,7 +322,8 @@ class Life:
                 raise
             if isinstance(error, Refused) and error.code in OUTVOTED:
                 return errno.EIO  # this life is over
-            self._reloads = 0
+            if "reload" not in self._tasks:
+                self._reloads = 0
             self.array.doubt(f"the superblocks cannot be confirmed: {error}")
             self._spawn("reload", self._reload_again)
             return errno.EIO

@@ -89,6 +89,9 @@ class Model:
         self.open: dict[int, Write] = {}
         self.unflushed: dict[str, list[Write]] = {}
         self.reads: dict[int, Read] = {}
+        self.tentative: dict[
+            int, tuple[frozenset[int], frozenset[int]]
+        ] = {}  # sector -> (before, after) of a pin
         self.now = 1
         self.acknowledged = 0
         self.checked_sectors = 0
@@ -179,8 +182,13 @@ class Model:
     def read_dropped(self, number: int) -> None:
         self.reads.pop(number, None)
 
-    def read_answered(self, number: int, data: bytes | memoryview, pin: bool) -> None:
-        """Raises ModelBroken. `pin`: all nodes knew of every death when it began."""
+    def read_answered(
+        self, number: int, data: bytes | memoryview, pin: bool, undecided: bool = False
+    ) -> None:
+        """Raises ModelBroken. `pin`: all nodes knew of every death when it began; `undecided`: copies may still differ,
+        so that what it saw goes with the member that it was read from, should that one fail now."""
+        if not undecided:
+            self.tentative.clear()
         read = self.reads.pop(number)
         now = self._tick()
         del now
@@ -200,6 +208,14 @@ class Model:
         writes = self.writes
         if seen & may and all(0 < writes[value].closed < started for value in may):
             self.may[sector] = seen & may
+            self.tentative[sector] = (may, seen & may)
+
+    def member_failed(self) -> None:
+        """A first copy may be gone before the others were made equal to it."""
+        for sector, (before, after) in self.tentative.items():
+            if after <= self.may[sector]:
+                self.may[sector] |= before
+        self.tentative.clear()
 
     def _check(
         self,

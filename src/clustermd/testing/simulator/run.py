@@ -111,6 +111,8 @@ class Run:
         self.tell(machine.name, name, fields)
         if name in HEARD and machine.array is not None:
             self.deaths.heard(machine.array, name, fields)
+        if name == "member.failed":
+            self.model.member_failed()
         if self.ambush.waits and self.playing:
             self.ambush.passed(machine, name)
 
@@ -229,7 +231,8 @@ class Run:
         if alive and quorate and self.dice.stream("mend").below(2):
             words = "the survivors' coming to rest"
             self._until(lambda: rest.at_rest(self, alone=True), SETTLE_BOUND_S, words)
-            self._check_rest()
+            if any(machine.serving for machine in machines):
+                self._check_rest()
         self.restarting = True
 
     def _check_rest(self) -> None:

@@ -182,13 +182,30 @@ class Clients:
                     self.model.read_dropped(request.cookie)
                 else:
                     data = request.buffer.view[: request.length_bytes]
-                    self.model.read_answered(request.cookie, data, op.started_calm)
+                    pin = op.started_calm and not self._faults_are_news()
+                    self.model.read_answered(request.cookie, data, pin, self._undecided())
             else:
                 self.model.flush_answered(op.array.machine.name, op.covered, request.error)
         except Exception as error:
             self._broken(error, op.array.machine.name)
         if request.buffer is not None:
             request.buffer.release()
+
+    def _faults_are_news(self) -> bool:
+        """Whether some node has failed a member that others may still read."""
+        arrays = [machine.array for machine in self.cluster.machines.values() if machine.array is not None]
+        return any(array.array is not None and array.array.state.unpublished for array in arrays)
+
+    def _undecided(self) -> bool:
+        """Whether some node has chunks to copy, or cannot know that there are none."""
+        for machine in self.cluster.machines.values():
+            array = machine.array
+            if array is None or array.array is None or not machine.serving:
+                continue
+            state = array.array.state
+            if not state.settled or (state.bitmap is not None and state.bitmap.unreconciled):
+                return True
+        return False
 
     def _may_be_refused(self, op: Op, error: int) -> bool:
         return op.step.what in ("trim", "zero") and error == errno.EOPNOTSUPP
