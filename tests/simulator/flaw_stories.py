@@ -228,6 +228,16 @@ def slow_copies(seed: int, **how: Any) -> Plan:
     return replace(made, work=tuple(sorted((*made.work, *more), key=lambda step: step.at_s)))
 
 
+def joiner_in_a_copy(seed: int) -> Plan:
+    """The writer comes back while the survivors are in the middle of a slow copy, and writes there at once."""
+    late = tuple(slow(0.09, node, 1, 0.2) for node in (2, 3))
+    made = dying_writer(seed, down_s=0.05 + seed % 5 * 0.03, faults=late, resync_kib_s=(8, 8))
+    made = replace(made, work=tuple(step for step in made.work if step.at_s < 1.0))
+    more = [at(1.6 + turn * 0.1, "move", region=1, node=0) for turn in range(10)]
+    more += writes(1, begin_s=2.7, end_s=5.0, every_s=0.03)
+    return replace(made, work=tuple(sorted((*made.work, *more), key=lambda step: step.at_s)))
+
+
 def undecided_reads(seed: int, *, late_box: int = 1) -> Plan:
     """A writer dies in the middle of writes to one place that all read, several at a time, while copies are slow."""
     work = writes(0, begin_s=0, end_s=0.1, every_s=0.002, place=0)
@@ -387,7 +397,7 @@ SCENARIOS = (
     Scenario("F36", "window-ended-early|bits-left", dying_writer),
     Scenario("F38", "hang", drawn(80), 30),
     Scenario("F39", "joined-too-early", drawn(80), 30),
-    Scenario("I10", "write-in-foreign-window", drawn(60), 30),
+    Scenario("I10", "write-in-foreign-window", joiner_in_a_copy, 20),
     Scenario("I8", "write-in-foreign-window", slow_copies),
     Scenario("I8b", "write-in-foreign-window", slow_copies),
     Scenario("I7", "two-resyncers", slow_copies),

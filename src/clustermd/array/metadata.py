@@ -94,11 +94,9 @@ class Metadata:
                 member.faulty = False
                 member.why = ""
                 self.state.trace.point("member.trusted", number=member.number)
-        self.state.unpublished = False
         self.state.refresh()
-        await self.reload(
-            ours=True
-        )  # what cannot be read is judged by `check_complete`, once it is known who else is here
+        # what cannot be read is judged by `check_complete`, once it is known who else is here
+        await self.reload(ours=True)
 
     async def reload(self, *, ours: bool = False, announced: int | None = None) -> None:
         """Read every superblock that can be read and adopt the newest one's roles.

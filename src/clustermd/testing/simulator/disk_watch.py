@@ -95,6 +95,7 @@ class DiskWatch(Watcher):
             place
             for place, sb in enumerate(self._superblocks)
             if sb is not None
+            and self._boxes[place].powered
             and newest.role_of(sb.dev_number) < ROLE_LIMIT
             and not sb.feature_map & FeatureMap.RECOVERY_OFFSET
             and sb.events + 1 >= newest.events

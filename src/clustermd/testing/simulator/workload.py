@@ -118,6 +118,11 @@ class Clients:
         buffer.view[: (hi - lo) * 512] = content(lo, hi, op.write.generation)
         self._submit(op, Kind.WRITE, lo, hi, buffer, bool(args.get("fua")))
 
+    def write_everywhere(self) -> None:
+        """Each region's owner writes a little, if it can."""
+        for region in range(REGIONS):
+            self.write(Step(0.0, "write", {"region": region, "at": 0, "sectors": 8}))
+
     def read(self, step: Step) -> None:
         """By any node."""
         array = self._any_serving(step.args["node"])
