@@ -267,8 +267,9 @@ def failing_member(
 
 
 def bad_sectors(seed: int) -> Plan:
+    """A latent read error that readers meet; nobody writes there, which would mend it."""
     work = reads(1, begin_s=0.1, end_s=0.8, every_s=0.004) + writes(
-        1, begin_s=0, end_s=0.8, every_s=0.05, place=0
+        1, begin_s=0, end_s=0.8, every_s=0.05, place=32
     )
     bad = at(0.2, "bad-sectors", box=0, at=64, sectors=4)
     return plan(seed, nodes=3, work=work, faults=(bad,))

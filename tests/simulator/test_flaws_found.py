@@ -21,11 +21,14 @@ from clustermd.testing.trace.events import Violation
 from clustermd.testing.trace.judge import all_rules
 from clustermd.testing.trace.lives import Lives
 
-pytestmark = pytest.mark.filterwarnings(
-    # a run that ends at its first violation leaves tasks in the middle of whatever they did
-    "ignore::pytest.PytestUnraisableExceptionWarning",
-    "ignore:coroutine .* was never awaited:RuntimeWarning",
-)
+pytestmark = [
+    pytest.mark.alone,  # in one process: the last test looks at what all others found
+    pytest.mark.filterwarnings(
+        # a run that ends at its first violation leaves tasks in the middle of whatever they did
+        "ignore::pytest.PytestUnraisableExceptionWarning",
+        "ignore:coroutine .* was never awaited:RuntimeWarning",
+    ),
+]
 
 NAME = re.compile(r"[a-z]+(-[a-z]+)+")
 NO_RULES = {"kill-at"}
