@@ -97,6 +97,9 @@ async def be_client() -> None:
                     connection.abort()
                     tell("hanging")
                     time.sleep(1000)
+                case ["leave"]:
+                    await space.leave()
+                    tell("left")
                 case ["goodbye"]:
                     await connection.close()
                     tell("bye")
@@ -185,10 +188,12 @@ def test_locks_of_two_nodes_and_a_clean_end_of_everything(cluster: Cluster) -> N
     two.say("goodbye")
     two.wait(lambda e: e == ["refused", "witness-held"], "refusal while the disk is open")
     two.say("close")
+    two.say("leave")
+    two.wait(lambda e: e == ["left"], "leaving the lockspace")
     two.say("goodbye")
     two.wait(lambda e: e == ["bye"], "end")
     one.wait(lambda e: e == ["done", ["n1"], 1], "departure of n2")
-    assert not [e for e in one.events if e[0] == "slot"], "a clean end fails nobody"
+    assert not [e for e in one.events if e[0] == "slot"], "who leaves and says goodbye fails nobody"
     wait_for(lambda: cluster.log("n2").rstrip().endswith("] ended"), lambda: cluster.log("n2"))
     one.say("goodbye")
     one.wait(lambda e: e == ["bye"], "end")
