@@ -214,7 +214,10 @@ class Machine:
                 self.nodes[key].lost = True
                 self.engine.lose_sessions(self._sessions_of(key))
         for node, incarnation, name in members:
-            self.nodes.setdefault((node, incarnation), NodeState(name))
+            known = self.nodes.get((node, incarnation))
+            if known is None or known.lost:
+                # one that was lost before it had a state never asked for anything, and begins now
+                self.nodes[node, incarnation] = NodeState(name)
         for node, incarnation, _ in sorted(fenced):
             self._fenced(node, incarnation)
 
