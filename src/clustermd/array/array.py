@@ -415,9 +415,8 @@ class Array:
 
     def set_window(self, slot: int, lo: int, hi: int) -> None:
         if hi > lo:
-            self.state.trace.point(
-                "window.set", slot=slot, lo=lo, hi=hi
-            )  # first: setting it may let writes go
+            # before it is set: that may let writes go
+            self.state.trace.point("window.set", slot=slot, lo=lo, hi=hi)
         self.state.windows.set(slot, lo, hi)
         self.changed()
 

@@ -52,9 +52,8 @@ class SimCluster:
         self.on_started: Callable[[ArrayProcess], None] = lambda array: None
         self.on_gone: Callable[[ArrayProcess], None] = lambda array: None
         self.on_ended: Callable[[ArrayProcess], None] = lambda array: None  # proved, however it came
-        self.on_excluded: Callable[[ArrayProcess], None] = lambda array: (
-            None
-        )  # alive, and the boxes refuse it
+        # alive, and the boxes refuse it
+        self.on_excluded: Callable[[ArrayProcess], None] = lambda array: None
         self.restarts = True
         self._cut: set[int] = set()
         self._incarnation = 0

@@ -182,9 +182,8 @@ class SimGroup:
         self.joining: list[Port] = []
         self.lost: dict[Member, str] = {}  # lost members, with the proof once there is one
         self.on_lost: Callable[[], None] = lambda: None  # somebody may be lost whose end must be proved
-        self.on_state_lost: Callable[[Port], None] = lambda port: (
-            None
-        )  # its state belongs to no history that goes on
+        # the state of a port belongs to no history that goes on
+        self.on_state_lost: Callable[[Port], None] = lambda port: None
         self.frozen = False
         self._proofs: dict[Member, str] = {}
         self.unproved: set[Member] = set()  # whoever was in a quorate view and may still act
