@@ -36,7 +36,7 @@ from clustermd.array.zero import ZERO_PIECE_BYTES, ZeroJob
 from clustermd.clock import Clock
 from clustermd.device.member_device import Buffer, BufferPool, GateState, Submitter
 from clustermd.errors import ClusterLost, Refused
-from clustermd.ondisk.superblock import MAX_SECTOR, ROLE_LIMIT
+from clustermd.ondisk.superblock import MAX_SECTOR
 from clustermd.trace import Trace
 
 DEVICE_TIMEOUT_S = 30
@@ -566,10 +566,6 @@ class Array:
     def status(self) -> ArrayStatus:
         """The values behind mdstat and `--detail`."""
         return report(self.state, self.coordinator, self.resync)
-
-    def missing_roles(self) -> list[int]:
-        here = {member.role for member in self.state.writable}
-        return [role for role in range(self.state.raid_disks) if role not in here and role < ROLE_LIMIT]
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

@@ -51,17 +51,12 @@ class LeftOut:
 
 @dataclass(slots=True)
 class Assembly:
-    """What an array is made of. `template` is a valid bitmap superblock, or None without a bitmap.
-
-    `missing_roles` have no usable device here. `was_degraded`: the freshest superblock knew of those already.
-    """
+    """What an array is made of. `template` is a valid bitmap superblock, or None without a bitmap."""
 
     members: list[Member]
     reference: Superblock
     template: BitmapSuperblock | None
     left_out: list[LeftOut]
-    missing_roles: list[int]
-    was_degraded: bool
 
     @property
     def clustered(self) -> bool:
@@ -175,10 +170,7 @@ def _judge(found: list[tuple[MemberDevice, Superblock]]) -> Assembly:
                 or "all are spares or still recovering"
             ),
         )
-    here = {member.role for member in members if member.role is not None}
-    missing = [role for role in range(newest.raid_disks) if role not in here]
-    known = {role for role in newest.dev_roles if role < ROLE_LIMIT}
-    return Assembly(members, newest, None, left_out, missing, bool(missing) and not (set(missing) & known))
+    return Assembly(members, newest, None, left_out)
 
 
 def _supported(superblock: Superblock) -> None:

@@ -252,7 +252,3 @@ class Writer:
                 self.start(request)
             self.bitmap_writer.kick()
             self.state.submitter.submit()
-
-    @property
-    def waiting_for_windows(self) -> int:
-        return len(self._behind_window)

@@ -45,7 +45,6 @@ class Io:
     target: Target
     tag: int
     fua: bool
-    landed: bool = False
     gone: bool = False
     ghost: bytes = b""
 

@@ -118,9 +118,6 @@ class SimCluster:
         self.start_lockd(machine)
         self.start_array(machine)
 
-    def array_started(self, array: ArrayProcess) -> None:
-        self.on_started(array)
-
     def array_not_started(self, array: ArrayProcess) -> None:
         """The start was refused; an operator tries again."""
         self._end_process(array.process)
@@ -228,11 +225,6 @@ class SimCluster:
         self.loop.bury(process)
 
     # --- being lost and fenced ---------------------------------------------------------------------------------
-
-    def lose(self, machine: Machine) -> None:
-        """The group gives a member up that may well be alive."""
-        if machine.lockd is not None:
-            self._lost(machine.lockd)
 
     def _state_lost(self, port: Port) -> None:
         """Most of those that kept the state of the lock manager are gone: what is left of it counts no more."""

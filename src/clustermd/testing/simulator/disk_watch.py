@@ -27,7 +27,6 @@ class DiskWatch(Watcher):
 
     def __init__(self, report: Report) -> None:
         self.report = report
-        self.landed_ios = 0
         self._boxes: list[Box] = []
         self._places: dict[Box, int] = {}
 
@@ -172,7 +171,6 @@ class DiskWatch(Watcher):
         return bytes(self._boxes[good].data[at : at + io.length_bytes]) == bytes(io.data())
 
     def landed(self, io: Io, sectors: Sequence[int]) -> None:
-        self.landed_ios += 1
         if io.submitter.life_over:
             self.report(
                 "late-write-after-fence",

@@ -275,7 +275,7 @@ class ArrayProcess:
             cluster.array_not_started(self)
             return
         self.serving = True
-        cluster.array_started(self)
+        cluster.on_started(self)
 
     def life_ended(self) -> None:
         """Its present life is over, and nothing of it can land any more."""

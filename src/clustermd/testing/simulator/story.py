@@ -15,7 +15,7 @@ from typing import Any
 
 from clustermd.testing.simulator import atlas
 from clustermd.testing.simulator.kept import Kept
-from clustermd.testing.simulator.plan import Plan, Step
+from clustermd.testing.simulator.plan import Step
 from clustermd.testing.simulator.run import Outcome
 from clustermd.testing.trace.events import Event
 
@@ -100,8 +100,3 @@ def value_text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + " ".join(value_text(item) for item in value) + "]"
     return str(value)
-
-
-def plan_text(plan: Plan) -> str:
-    """The plan alone."""
-    return story(Kept(plan))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from clustermd.array.array import Array
 from clustermd.device.member_device import Buffer, BufferPool, Gate, GateState, MemberDevice, Op, Target
@@ -141,14 +140,19 @@ class SimSubmitter:
 
     # --- the way there and back -------------------------------------------------------------------------
 
+    # Its timers are the disk's doing, not the process's: they go on when that is dead or stopped.
+
+    def _latency_s(self) -> float:
+        return LATENCIES_S[self._latency.below(len(LATENCIES_S))]
+
     def _send(self, io: Io) -> None:
         path = io.path
         self._flight[io] = None
         if path.fenced or path.lost_path or not path.box.powered:
-            self._later(LATENCIES_S[self._latency.below(len(LATENCIES_S))], self._complete, io, -errno.EIO)
+            self._loop.later(self._latency_s(), self._complete, io, -errno.EIO)
             return
         trouble = path.trouble_with(io) if path.troubles else None
-        delay_s = LATENCIES_S[self._latency.below(len(LATENCIES_S))] + self.pause_s
+        delay_s = self._latency_s() + self.pause_s
         if trouble is not None:
             delay_s += trouble.slow_s
             if trouble.stuck:
@@ -156,15 +160,11 @@ class SimSubmitter:
                 return
             if trouble.error:
                 if trouble.after and io.op is Op.WRITE:
-                    self._later(delay_s, self._land_and_fail, io, trouble.error)
+                    self._loop.later(delay_s, self._land_and_fail, io, trouble.error)
                 else:
-                    self._later(delay_s, self._complete, io, -trouble.error)
+                    self._loop.later(delay_s, self._complete, io, -trouble.error)
                 return
-        self._later(delay_s, self._land, io)
-
-    def _later(self, delay_s: float, what: Callable[..., None], *args: Any) -> None:
-        # the disk's doing, not the process's: it goes on when that is dead or stopped
-        self._loop.later(delay_s, what, *args)
+        self._loop.later(delay_s, self._land, io)
 
     def _land(self, io: Io) -> None:
         if io.gone:
@@ -200,7 +200,6 @@ class SimSubmitter:
             return -errno.EOPNOTSUPP
         if sectors:
             box.write(io, sectors)
-        io.landed = True
         return io.length_bytes if io.op is Op.WRITE else 0
 
     def _complete(self, io: Io, result: int) -> None:
@@ -235,7 +234,7 @@ class SimSubmitter:
             if error:
                 self._complete(io, -error)
             else:
-                self._later(LATENCIES_S[self._latency.below(len(LATENCIES_S))], self._land, io)
+                self._loop.later(self._latency_s(), self._land, io)
 
     def process_died(self, late_s: Sequence[float]) -> None:
         """The process is gone: what it had queued never goes out, each request in flight meets its fate.
@@ -261,7 +260,7 @@ class SimSubmitter:
             if "late" in fate or stuck:
                 # nothing else may complete it: it is the box's now
                 ghost = self._ghost(io)
-                self._later(late_s[self._fate.below(len(late_s))], self._land_ghost, ghost, some)
+                self._loop.later(late_s[self._fate.below(len(late_s))], self._land_ghost, ghost, some)
             else:
                 self._land_ghost(self._ghost(io), some)
 

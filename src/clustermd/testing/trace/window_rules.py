@@ -14,7 +14,6 @@ from clustermd.testing.trace.events import Event, Layer, Violation
 from clustermd.testing.trace.lives import Life, Lives, RuleOverLives
 
 Range = tuple[int, int]
-BEGIN, ISSUE = 0, 1
 
 
 class WriteInForeignWindow(RuleOverLives):
