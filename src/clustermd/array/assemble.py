@@ -84,15 +84,11 @@ async def read_superblock(submitter: Submitter, device: MemberDevice) -> Superbl
             except OSError as error:
                 unreadable = unreadable or error
     try:
-        return _found(parts, device)
+        return find(lambda sector, count: parts.get(sector, b"")[: count * 512], device.size_sectors)
     except BadBytes:
         if unreadable is not None:
             raise unreadable from None
         raise
-
-
-def _found(parts: dict[int, bytes], device: MemberDevice) -> Superblock:
-    return find(lambda sector, count: parts.get(sector, b"")[: count * 512], device.size_sectors)
 
 
 async def load_members(paths: Sequence[str], opener: Opener, submitter: Submitter) -> Assembly:
@@ -162,14 +158,8 @@ def _judge(found: list[tuple[MemberDevice, Superblock]]) -> Assembly:
         member.index = index
     good = {member.role for member in members if member.in_sync}
     if not good:
-        raise Refused(
-            "no-good-member",
-            "none of these devices is an up to date, in-sync member: "
-            + (
-                "; ".join(f"{out.path}: {out.why}" for out in left_out)
-                or "all are spares or still recovering"
-            ),
-        )
+        why = "; ".join(f"{out.path}: {out.why}" for out in left_out) or "all are spares or still recovering"
+        raise Refused("no-good-member", f"none of these devices is an up to date, in-sync member: {why}")
     return Assembly(members, newest, None, left_out)
 
 
@@ -272,12 +262,10 @@ def check_complete(state: ArrayState, peers: Sequence[str], allow_degraded: bool
         raise Refused("no-good-member", f"{state.name}: no in-sync member is left")
     doubtful = [member.path for member in state.members if member.faulty and not member.fault_recorded]
     if doubtful and (peers or not allow_degraded):
+        rest = f", so {', '.join(peers)} may go on with it" if peers else ": start the array anew with --run"
         raise Refused(
             "member-missing-here",
-            f"{state.name}: {', '.join(doubtful)} cannot be used here, and no disk says that it has failed"
-            + (
-                f", so {', '.join(peers)} may go on with it" if peers else ": start the array anew with --run"
-            ),
+            f"{state.name}: {', '.join(doubtful)} cannot be used here, and no disk says that it has failed{rest}",
             paths=doubtful,
         )
     if not missing:
