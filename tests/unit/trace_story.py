@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from clustermd.testing.trace.events import Event, Violation
-from clustermd.testing.trace.judge import Judge
+from clustermd.testing.trace.judge import judge_all
 
 SPACE = "array"
 
@@ -82,10 +82,7 @@ class Story:
         return self.say(node, "sweep.done", count=0)
 
     def judged(self) -> list[Violation]:
-        judge = Judge()
-        for event in self.events:
-            judge.see(event)
-        return judge.violations
+        return judge_all(self.events).violations
 
     def rules(self) -> list[str]:
         """The names of the rules it breaks."""

@@ -33,7 +33,7 @@ from clustermd.testing.local_cluster import LocalCluster, Node
 from clustermd.testing.nbd_client import NbdClient
 from clustermd.testing.trace.events import Event
 from clustermd.testing.trace.file import read_traces
-from clustermd.testing.trace.judge import Judge
+from clustermd.testing.trace.judge import judge_all
 from clustermd.testing.trace.verdict import verdict
 from clustermd.testing.waiting import wait_until
 
@@ -283,9 +283,7 @@ class Story:
         page = self.page
         page.step("What both nodes noted on the way is judged, as clustermd trace does")
         recorded = read_traces([node.files().trace for node in (self.one, self.two)])
-        judge = Judge()
-        for event in recorded.events:
-            judge.see(event)
+        judge = judge_all(recorded.events)
         if judge.violations:
             page.quote(verdict(judge.violations[0], recorded.events, TRACE_WIDTH))
         events = f"{len(recorded.events)} events in the traces of {len(recorded.nodes)} nodes"

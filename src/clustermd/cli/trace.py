@@ -52,16 +52,14 @@ def run(words: Sequence[str]) -> int:
         raise UsageError("trace needs the files to judge, for example $CLUSTERMD_RUN/*/md0/trace")
 
     from clustermd.testing.trace.file import read_traces
-    from clustermd.testing.trace.judge import Judge
+    from clustermd.testing.trace.judge import judge_all
 
     try:
         recorded = read_traces(paths)
     except (BadBytes, OSError) as error:
         say(error.message if isinstance(error, BadBytes) else f"{error.filename}: {error.strerror}")
         return UNREADABLE
-    judge = Judge()
-    for event in recorded.events:
-        judge.see(event)
+    judge = judge_all(recorded.events)
     if "--json" in options:
         _show_json(recorded, judge.violations)
     else:

@@ -62,9 +62,9 @@ class Judge:
         return found
 
 
-def judge_all(events: Iterable[Event]) -> list[Violation]:
-    """All violations of a whole trace."""
+def judge_all(events: Iterable[Event]) -> Judge:
+    """The judge of a whole trace, which has seen all of it."""
     judge = Judge()
     for event in events:
         judge.see(event)
-    return judge.violations
+    return judge
