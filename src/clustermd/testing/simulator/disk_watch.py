@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from clustermd.device.member_device import Op
 from clustermd.errors import BadBytes
 from clustermd.ondisk.bitmap_bits import BitmapGeometry
-from clustermd.ondisk.superblock import ROLE_LIMIT, FeatureMap, Superblock
+from clustermd.ondisk.superblock import ROLE_LIMIT, SUPERBLOCK_SECTORS, FeatureMap, Superblock, location
 from clustermd.testing.simulator.boxes import SECTOR, Box, Io, Watcher
 from clustermd.testing.trace.events import Layer
 
@@ -29,16 +29,17 @@ class DiskWatch(Watcher):
         self.report = report
         self._boxes: list[Box] = []
         self._places: dict[Box, int] = {}
+        self._places_by_name: dict[str, int] = {}
 
     def begin(self, boxes: list[Box], chunk_bytes: int, slots: int) -> None:
         """The boxes are formatted: read what stands there."""
         self._boxes = boxes
         self._places = {box: place for place, box in enumerate(boxes)}
-        at = 8
+        self._places_by_name = {box.name: place for place, box in enumerate(boxes)}
         superblocks = [self._superblock(box) for box in boxes]
         first = superblocks[0]
         assert first is not None
-        self._super_at = at
+        self._super_at = first.super_offset
         self._data_at = first.data_offset
         self._sectors = first.size
         self._geometry = BitmapGeometry(chunk_bytes, first.size, slots)
@@ -56,13 +57,10 @@ class DiskWatch(Watcher):
         self._look_at_roles()
 
     def _superblock(self, box: Box) -> Superblock | None:
+        at = location(2, box.size_sectors)
+        content = bytes(box.data[at * SECTOR : (at + SUPERBLOCK_SECTORS) * SECTOR])
         try:
-            return Superblock.from_bytes(
-                bytes(box.data[8 * SECTOR : 16 * SECTOR]),
-                minor=2,
-                at_sector=8,
-                device_sectors=box.size_sectors,
-            )
+            return Superblock.from_bytes(content, minor=2, at_sector=at, device_sectors=box.size_sectors)
         except BadBytes:
             return None
 
@@ -146,7 +144,7 @@ class DiskWatch(Watcher):
         for chunk in chunks:
             mask |= 1 << chunk
         for other in state.writable:
-            there = self._places_by_name(other.path)
+            there = self._places_by_name[other.path]
             if other.in_sync and self._bits[there][state.slot] & mask != mask:
                 if self._changes_nothing(io, place):
                     return  # rewriting what cannot be read
@@ -159,9 +157,6 @@ class DiskWatch(Watcher):
                     io.submitter.node,
                 )
                 return
-
-    def _places_by_name(self, name: str) -> int:
-        return next(place for place, box in enumerate(self._boxes) if box.name == name)
 
     def _changes_nothing(self, io: Io, place: int) -> bool:
         if io.op is Op.DISCARD:
