@@ -143,7 +143,7 @@ class Sweep:
             self._recheck = None
 
 
-class _Once:
+class Awaited:
     """The target of one awaited request."""
 
     __slots__ = ("done",)
@@ -172,17 +172,17 @@ async def run_one(
     A cancelled caller gets its buffer back only when the kernel is done with it: a request that is still
     queued is withdrawn, one in flight is awaited first.
     """
-    once = _Once(asyncio.get_running_loop().create_future())
-    submitter.queue(device, op, offset_bytes, length_bytes, buffer, buffer_offset, once, 0, fua)
+    awaited = Awaited(asyncio.get_running_loop().create_future())
+    submitter.queue(device, op, offset_bytes, length_bytes, buffer, buffer_offset, awaited, 0, fua)
     submitter.submit()
     try:
-        await asyncio.wait((once.done,))
+        await asyncio.wait((awaited.done,))
     except asyncio.CancelledError:
-        if not withdraw(once):
-            while not once.done.done():
+        if not withdraw(awaited):
+            while not awaited.done.done():
                 try:
-                    await asyncio.wait((once.done,))
+                    await asyncio.wait((awaited.done,))
                 except asyncio.CancelledError:
                     continue
         raise
-    return once.done.result()
+    return awaited.done.result()

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from clustermd.array.array import Array
 from clustermd.device.member_device import Buffer, BufferPool, Gate, GateState, MemberDevice, Op, Target
-from clustermd.device.sweep import Sweep, _Once, run_one
+from clustermd.device.sweep import Awaited, Sweep, run_one
 from clustermd.testing.simulator.boxes import Io, Path, Watcher
 from clustermd.testing.simulator.dice import Dice
 from clustermd.testing.simulator.loop import Process, SimLoop
@@ -46,7 +46,7 @@ class SimSubmitter:
         self._delivering = False
         self._in_flight = 0
         self._sweep = process.context.run(Sweep, loop, self.gate, self.submit)
-        self._awaited: list[Target] = []
+        self._deserted: list[Target] = []  # whose completions a dead process did not see
         self.node = process.name
         self.array: Array | None = None
         self.life_over = False  # proved dead: nothing of it may land any more
@@ -78,9 +78,7 @@ class SimSubmitter:
             return
         if not self.process.alive:
             dead, self._queued = self._queued, []
-            for io in dead:
-                if isinstance(io.target, _Once):
-                    io.target.io_done(io.tag, -errno.ESHUTDOWN)
+            _end_tasks(io.target for io in dead)
             return
         state = self._sweep.verdict()
         if state is GateState.SHUT:
@@ -241,9 +239,7 @@ class SimSubmitter:
 
         `late_s` are the delays a late one may have.
         """
-        waiting = [*self._queued, *self._flight]
-        self._awaited = [io.target for io in waiting] + [target for target, _, _ in self._done]
-        self._awaited = [target for target in self._awaited if isinstance(target, _Once)]
+        self._deserted = self._targets()
         self._queued = []
         self._in_flight -= len(self._done)
         self._done = []
@@ -282,11 +278,12 @@ class SimSubmitter:
         self._complete(io, 0)
 
     def let_go(self) -> None:
-        """The process is dead: whoever of it awaits a request is told something, so that its task can end."""
-        waiting = [io.target for io in (*self._queued, *self._flight)] + [done[0] for done in self._done]
-        for target in [*self._awaited, *waiting]:
-            if isinstance(target, _Once):
-                target.io_done(0, -errno.ESHUTDOWN)
+        """The process is dead: its tasks end."""
+        _end_tasks([*self._deserted, *self._targets()])
+
+    def _targets(self) -> list[Target]:
+        """Whom a completion that has not been seen yet is for."""
+        return [io.target for io in (*self._queued, *self._flight)] + [target for target, _, _ in self._done]
 
     def cut_off(self) -> None:
         """What is on its way never lands."""
@@ -294,3 +291,10 @@ class SimSubmitter:
             if io in io.path.stuck:
                 io.path.stuck.remove(io)
             self._complete(io, -errno.EIO)
+
+
+def _end_tasks(targets: Iterable[Target]) -> None:
+    """Whoever of a dead process awaits a request is told something, so that its task can end."""
+    for target in targets:
+        if isinstance(target, Awaited):
+            target.io_done(0, -errno.ESHUTDOWN)
