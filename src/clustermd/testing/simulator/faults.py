@@ -254,7 +254,8 @@ def lost_path(run: Run, args: dict[str, Any]) -> None:
 
 
 def box_power(run: Run, args: dict[str, Any]) -> None:
-    """One box loses power, with what nothing had covered. Limit: a victim, and it does not come back."""
+    """One box loses power, with what nothing had covered. Limit: a victim, and it does not come back; in the end every
+    node that serves uses it once, for where nobody has noticed, who starts is told that others use it."""
     box: Box = run.cluster.boxes[args["box"]]
     if not box.powered:
         return

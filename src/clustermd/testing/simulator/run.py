@@ -188,7 +188,7 @@ class Run:
         for machine in machines:
             faults.start(self, machine)
         if not all(box.powered for box in self.cluster.boxes):
-            self.clients.write_everywhere()  # else nobody may notice, and who comes back is told that others use it
+            self.clients.use_everywhere()  # else nobody may notice, and who comes back is told that others use it
         self._until(lambda: rest.at_rest(self), SETTLE_BOUND_S, "coming to rest")
         self._check_rest()
         self._stop_all()

@@ -118,10 +118,12 @@ class Clients:
         buffer.view[: (hi - lo) * 512] = content(lo, hi, op.write.generation)
         self._submit(op, Kind.WRITE, lo, hi, buffer, bool(args.get("fua")))
 
-    def write_everywhere(self) -> None:
-        """Each region's owner writes a little, if it can."""
+    def use_everywhere(self) -> None:
+        """Each region's owner writes a little, and every node that serves flushes, whether it owns any or not."""
         for region in range(REGIONS):
             self.write(Step(0.0, "write", {"region": region, "at": 0, "sectors": 8}))
+        for turn in range(sum(machine.serving for machine in self.cluster.machines.values())):
+            self.flush(Step(0.0, "flush", {"node": turn}))
 
     def read(self, step: Step) -> None:
         """By any node."""
