@@ -134,9 +134,14 @@ class Replica:
         if self._clients.close(session):
             self._submit([session, "end", proof, clean])
 
-    def queued(self) -> Iterator[tuple[int, int]]:
-        """(lock id, wanted mode) of every request that waits now."""
-        return report.queued(self._machine)
+    @property
+    def applied(self) -> int:
+        """How many entries have been applied: while it stands still no lock changes."""
+        return self._machine.applied
+
+    def modes(self) -> Iterator[tuple[int, int, int]]:
+        """(lock id, granted mode, wanted mode or IV) of every lock now."""
+        return report.modes(self._machine)
 
     def status(self) -> dict[str, Any]:
         """Who holds and awaits what, as plain JSON values (`report`)."""

@@ -33,12 +33,14 @@ def describe(machine: Machine) -> dict[str, Any]:
     }
 
 
-def queued(machine: Machine) -> Iterator[tuple[int, int]]:
-    """(lock id, wanted mode) of every request that waits, in whichever queue."""
+def modes(machine: Machine) -> Iterator[tuple[int, int, int]]:
+    """(lock id, granted mode, wanted mode or IV) of every lock: what tells since when it has been so."""
     for space in machine.engine.spaces.values():
         for resource in space.resources.values():
+            for lock in resource.granted:
+                yield lock.id, lock.gr, Mode.IV
             for lock in (*resource.converting, *resource.waiting):
-                yield lock.id, lock.rq
+                yield lock.id, lock.gr, lock.rq
 
 
 def _who(engine: Engine, key: tuple[int, int, int]) -> dict[str, Any]:
@@ -80,7 +82,9 @@ def _resource(engine: Engine, resource: Resource) -> dict[str, Any]:
         "granted": [_lock(engine, lock) for lock in resource.granted],
         "converting": [_lock(engine, lock) | {"wants": Mode(lock.rq).name} for lock in resource.converting],
         "waiting": [_lock(engine, lock) | {"wants": Mode(lock.rq).name} for lock in resource.waiting],
+        "name_hex": resource.name.hex(),
         "value_block": None if resource.lvb is None else resource.lvb.hex(),
+        "value_block_sequence": resource.lvb_seq,
         "value_block_invalid": resource.invalid,
     }
 

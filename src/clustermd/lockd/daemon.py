@@ -278,7 +278,8 @@ class Lockd:
             now_s = self._clock.monotonic_s()
             elapsed_s, last_s = now_s - last_s, now_s
             number += 1
-            self._waits.look(self._replica.queued(), now_s)
+            if self._replica.installed:
+                self._waits.look(self._replica.applied, self._replica.modes, now_s)
             for state in list(self._sessions.values()):
                 if state.lost_s is not None or state.ended:
                     continue
