@@ -1,0 +1,1 @@
+"""Fencing policies: how a lost node is kept from writing, and what vouches for it."""
