@@ -24,10 +24,13 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import islice
 from typing import Any
 
 from clustermd.dlm.effects import Answer, Effect, SessionKey
 from clustermd.dlm.engine import Engine
+from clustermd.dlm.modes import Flag
+from clustermd.dlm.orphans import NODE_SESSION
 from clustermd.dlm.snapshot import dump_engine, load_engine
 from clustermd.dlm.wire import Frame, check_client_frame, pack, unpack
 from clustermd.errors import BadBytes
@@ -100,6 +103,14 @@ class Machine:
         place = applied - self.log_start - 1
         return self._log[place][1] if 0 <= place < len(self._log) else None
 
+    def recent(self, most: int) -> tuple[bytes, ...]:
+        """The hashes after the last entries but the very last one, newest last; `most` of them at most."""
+        entries = islice(reversed(self._log), 1, None)
+        hashes = [chain for _, chain in islice(entries, most)]
+        if self._log and len(hashes) < most:
+            hashes.append(self._log_chain)
+        return tuple(reversed(hashes))
+
     # ---- snapshots
 
     def dump(self) -> bytes:
@@ -142,6 +153,8 @@ class Machine:
 
     def _op(self, node: NodeState, key: SessionKey, frame: Frame) -> None:
         engine = self.engine
+        if key[2] == NODE_SESSION:
+            return  # no client has it
         match frame:
             case ["open", str(label), int(pid)]:
                 if key[2] > node.last_session:
@@ -160,31 +173,29 @@ class Machine:
             check_client_frame(frame)
         except BadBytes:
             return
+        rc, lock, answered = 0, 0, False
         op = frame[1]
         match frame:
-            case ["join", _, space, lvb_bytes, max_slots]:
-                engine.join(key, op, space, lvb_bytes, max_slots)
-            case ["leave", _, space]:
-                rc = engine.leave(key, space)
-                engine.callbacks.out.append(Answer(key, op, rc, 0))
-            case ["recovered", _, space, slot, generation]:
-                rc = engine.recovered(key, space, slot, generation)
-                engine.callbacks.out.append(Answer(key, op, rc, 0))
             case ["request", _, space, name, mode, flags, bast]:
                 rc, lock = engine.request(key, op, space, name, mode, flags, bast)
-                if rc:
-                    engine.callbacks.out.append(Answer(key, op, rc, lock))
             case ["convert", _, lock, mode, flags, lvb]:
                 rc, lock = engine.convert(key, op, lock, mode, flags, lvb)
-                if rc:
-                    engine.callbacks.out.append(Answer(key, op, rc, lock))
             case ["unlock", _, lock, flags, lvb]:
                 rc, lock = engine.unlock(key, op, lock, flags, lvb)
-                if rc:
-                    engine.callbacks.out.append(Answer(key, op, rc, lock))
-            case ["cancel", _, lock]:
-                rc, lock = engine.cancel(key, lock)
-                engine.callbacks.out.append(Answer(key, op, rc, lock))
+                answered = bool(flags & Flag.CANCEL)
+            case ["cancel", _, lock, *status]:
+                rc, lock = engine.cancel(key, lock, *status)
+                answered = True
+            case ["purge", _, space, of_node, pid]:
+                rc, answered = engine.purge(key, space, of_node, pid), True
+            case ["join", _, space, lvb_bytes, max_slots, *flags]:
+                engine.join(key, op, space, lvb_bytes, max_slots, *flags)
+            case ["leave", _, space]:
+                rc, answered = engine.leave(key, space), True
+            case ["recovered", _, space, slot, generation]:
+                rc, answered = engine.recovered(key, space, slot, generation), True
+        if rc or answered:
+            engine.callbacks.out.append(Answer(key, op, rc, lock))
 
     def _sessions_of(self, key: NodeKey) -> list[SessionKey]:
         return sorted(session for session in self.engine.sessions if session[:2] == key)

@@ -20,7 +20,7 @@ from clustermd.dlm.machine import NodeKey
 from clustermd.dlm.wire import pack, unpack
 from clustermd.errors import BadBytes
 
-PROTOCOL = 1
+PROTOCOL = 2
 CONFIG = blake2b(b"clustermd dlm %d" % PROTOCOL, digest_size=8).digest()
 PART_BYTES_MAX = 60 << 10
 PART_OVERHEAD_BYTES = 128
@@ -31,7 +31,9 @@ class Start:
     """What one member brings to a view.
 
     `members` are those of its last installed view; `left` and `fenced` what it saw happen since then and
-    others may have missed; `unfenced` the lost ones of whose end it has no proof.
+    others may have missed; `unfenced` the lost ones of whose end it has no proof. `shown` is how many entries it
+    knows to be stable, `recent` the hashes after its last entries, newest last, and `unbroken` that it had quorum
+    all the time.
     """
 
     has_state: bool
@@ -43,6 +45,16 @@ class Start:
     left: tuple[NodeKey, ...]
     fenced: tuple[tuple[int, int, str], ...]
     unfenced: tuple[NodeKey, ...]
+    shown: int = 0
+    recent: tuple[bytes, ...] = ()
+    unbroken: bool = True
+
+    def chain_at(self, applied: int) -> bytes | None:
+        """The hash after `applied` entries, as far back as it was told."""
+        if applied == self.applied:
+            return self.chain
+        place = len(self.recent) - (self.applied - applied)
+        return self.recent[place] if 0 <= place < len(self.recent) else None
 
     def to_wire(self) -> list[Any]:
         return [
@@ -55,13 +67,19 @@ class Start:
             [list(key) for key in self.left],
             [list(item) for item in self.fenced],
             [list(key) for key in self.unfenced],
+            self.shown,
+            list(self.recent),
+            self.unbroken,
         ]
 
     @classmethod
     def from_wire(cls, wire: Any) -> Start:
         """Raises BadBytes."""
         try:
-            has_state, epoch, applied, chain, digest, members, left, fenced, unfenced = wire
+            (
+                has_state, epoch, applied, chain, digest, members, left, fenced, unfenced, shown, recent,
+                unbroken,
+            ) = wire  # fmt: skip
             return cls(
                 bool(has_state),
                 int(epoch),
@@ -72,6 +90,9 @@ class Start:
                 tuple((int(node), int(incarnation)) for node, incarnation in left),
                 tuple((int(node), int(incarnation), str(proof)) for node, incarnation, proof in fenced),
                 tuple((int(node), int(incarnation)) for node, incarnation in unfenced),
+                int(shown),
+                tuple(map(bytes, recent)),
+                bool(unbroken),
             )
         except (ValueError, TypeError) as error:
             raise BadBytes("bad-frame", f"a lock daemon's start message cannot be read: {error}") from None
@@ -88,7 +109,7 @@ def decode(payload: bytes) -> list[Any]:
     raise BadBytes("bad-frame", "a lock daemon sent a message that this version does not know")
 
 
-def in_parts(word: str, ring: tuple[int, int], data: bytes, max_payload: int) -> list[bytes]:
+def in_parts(word: str, ring: tuple[int, ...], data: bytes, max_payload: int) -> list[bytes]:
     """`data` as messages that fit the group."""
     size = min(PART_BYTES_MAX, max_payload - PART_OVERHEAD_BYTES)
     chunks = [data[place : place + size] for place in range(0, len(data), size)] or [b""]

@@ -42,6 +42,9 @@ from clustermd.errors import BadBytes, Refused
 from clustermd.group.process_group import Busy, Left, Member, ProcessGroup, View
 from clustermd.trace import Trace
 
+RECENT = 512
+"""How many hashes of the last entries are told at a view, so that forked histories are recognised."""
+
 
 class ReplicaShell(Protocol):
     """The daemon around a replica: it carries frames to clients and acts when the group or the state is lost."""
@@ -85,6 +88,9 @@ class Replica:
         self._fenced: dict[NodeKey, str] = {}
         self._unfenced: set[NodeKey] = set()
         self._index = 0
+        self._waits = ""
+        self._shown = 0
+        self._unstable: deque[tuple[int, int]] = deque()
         self._agreement = Agreement()
         self._acked = 0
         self._clients = Shown(shell.to_session)
@@ -93,6 +99,11 @@ class Replica:
         self._to_send: deque[bytes] = deque()
 
     # ---- for the daemon
+
+    @property
+    def has_state(self) -> bool:
+        """Whether it kept what former views agreed on."""
+        return self._has_state
 
     @property
     def installed(self) -> bool:
@@ -152,6 +163,8 @@ class Replica:
                 for member in self._view.members
                 if self._phase is Phase.STARTING and _key(member) not in self._starts
             ]
+            if self._phase is Phase.STARTING and self._waits:
+                state["waits"] = self._waits
         if self._over:
             state["over"] = self._over
         return state | report.describe(self._machine)
@@ -172,6 +185,8 @@ class Replica:
         self._install = None
         self._parts = {}
         self._to_send.clear()
+        self._waits = ""
+        self._unstable.clear()
         self._clients.new_ring()
         if view.quorate and self._me in map(_key, view.members):
             self._phase = Phase.STARTING
@@ -209,6 +224,8 @@ class Replica:
         self._flush()
 
     def on_stable(self, index: int) -> None:
+        while self._unstable and self._unstable[0][0] <= index:
+            self._shown = self._unstable.popleft()[1]
         self._clients.stable(index)
 
     def on_fenced(self, member: Member, proof: str) -> None:
@@ -242,6 +259,9 @@ class Replica:
             left=tuple(sorted(self._left)),
             fenced=tuple((*key, proof) for key, proof in sorted(self._fenced.items())),
             unfenced=tuple(sorted(self._unfenced)),
+            shown=self._shown,
+            recent=() if self._view is None or not self._view.majority else machine.recent(RECENT),
+            unbroken=self._view is None or self._view.unbroken,
         )
 
     def _on_start(self, key: NodeKey, config: bytes, ring: tuple[Any, ...], wire: Any) -> None:
@@ -258,12 +278,16 @@ class Replica:
         if any(_key(member) not in self._starts for member in self._view.members):
             return
         plan = plan_install(self._view, self._starts, self._fenced)
-        if plan is None:
-            self._trace.point("dlm.wait_fenced", ring=self._view.ring)
+        if isinstance(plan, str):
+            self._waits = plan
+            self._trace.point("dlm.wait_fenced", ring=self._view.ring, why=plan)
             return
         reason = plan.foreign.get(self._me)
         if reason is not None:
             self._end(reason)
+            return
+        if self._me not in plan.members:
+            self._waits = "the nodes that kept an old lock state start anew"
             return
         self._trace.point("dlm.install", epoch=plan.epoch, members=plan.members, authority=plan.authority)
         self._agreement.begin(plan.applied)
@@ -382,6 +406,7 @@ class Replica:
             self._trace.point("dlm.bad_message", why=error.message)
             return
         self._trace.point("dlm.apply", applied=machine.applied, entry=entry)
+        self._unstable.append((self._index, machine.applied))
         for effect in effects:
             self._emit(effect)
         state = machine.nodes.get(self._me)

@@ -39,13 +39,19 @@ class View:
     `ring` grows and is never used twice, compared as a whole. `members` is sorted by node number.
     `left` names those lost and not yet fenced again whenever somebody joined, since a newcomer never heard of them.
     A view that is not quorate means: nobody may act; nothing delivered until the next quorate view counts.
+
+    `majority` is 0 where the order is durable, so nobody's memory counts (`local`). Else it is that of all configured votes,
+    `votes` are those of `members`, and `unbroken` says that this node has had quorum all the time since its last view.
     """
 
-    ring: tuple[int, int]
+    ring: tuple[int, ...]
     members: tuple[Member, ...]
     joined: tuple[Member, ...]
     left: tuple[tuple[Member, Left], ...]
     quorate: bool
+    votes: tuple[int, ...] = ()
+    majority: int = 0
+    unbroken: bool = True
 
 
 class GroupEvents(Protocol):
@@ -89,7 +95,7 @@ class Witness:
 
 
 class ProcessGroup(Protocol):
-    """A membership with agreed order. Implementations: `local`, later corosync, and a simulated one."""
+    """A membership with agreed order. Implementations: `local`, `agreed` (over corosync), and simulated ones."""
 
     me: Member
     max_payload: int

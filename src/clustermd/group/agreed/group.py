@@ -1,0 +1,597 @@
+"""A `ProcessGroup` over a medium with agreed order. Pure: the medium's events go in, bytes come out.
+
+The medium (corosync's CPG and quorum service; in the simulator, a model of both) tells: changes of membership
+and messages, in one order for all who go through them together; and, not in that order, rings and quorum. Its order is
+neither durable nor safe, it serves minorities too, and its membership is of processes, not of lives
+(dlm.md 5.2). This class makes a group of it:
+
+- A change of membership ends the view at once: nothing is delivered until the next one. Each member says `Hello`
+  when it knows the ring and its quorum there; where the last hello of the change is delivered, the view
+  begins for all (`change`). Messages carry the view in which they were sent, and count in no other.
+- Messages are told at their delivery, and are stable by the votes that have them (`stability`).
+- Who is gone without goodbye is lost until its end is proved (`fencing`); an end is told in the order.
+- A node without quorum hears a view that is not quorate at once, whatever the order does.
+- With a lease, members say beats (`lease`).
+
+`expelled`: this life of the node is not a part of the group any more; its process must end and begin anew.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+from clustermd.clock import Clock
+from clustermd.errors import BadBytes, Refused
+from clustermd.group.agreed.change import Change, Configured, work_out
+from clustermd.group.agreed.fencing import FenceShell, Fencing
+from clustermd.group.agreed.hello import (
+    ACK,
+    CONTROL,
+    OVERHEAD_BYTES,
+    PAYLOAD,
+    Hello,
+    Key,
+    Life,
+    Peer,
+    Tag,
+    ack,
+    control,
+    read_ack,
+    read_control,
+    read_tag,
+    tagged,
+)
+from clustermd.group.agreed.lease import Lease
+from clustermd.group.agreed.stability import Stability
+from clustermd.group.process_group import Busy, GroupEvents, Left, Member, View
+from clustermd.trace import Trace
+
+MAX_PAYLOAD_BYTES = 60 << 10
+WINDOW = 8
+"""Own messages under way at most; what comes on top is batched by who sends it (dlm.md 6.5)."""
+PROOFS_KEPT = 256
+TICK_MOST_S = 1.0
+"""What a tick counts at most: while this process itself was stopped nobody was silent."""
+SHOWN_S = 1.0
+
+
+class Medium(Protocol):
+    """What carries bytes to all members of the medium's group, this one too, in one order."""
+
+    def send(self, data: bytes) -> bool:
+        """False: not now; `AgreedGroup.flush` is called when it may be possible again."""
+
+    def evict(self, node: int) -> None:
+        """Make the medium's daemon on `node` end: a process there does not do its part."""
+
+
+class StatefulEvents(GroupEvents, Protocol):
+    """Who hears the group says what it keeps, for messages are stable by that."""
+
+    @property
+    def has_state(self) -> bool:
+        """Whether it kept what former views agreed on."""
+
+    @property
+    def installed(self) -> bool:
+        """Whether all that it was told up to now is a part of its state."""
+
+
+class AgreedGroup:
+    """See the module. `nodes` are the configured ones; `config` is what all must have alike, in words.
+
+    `ended` are proofs of former lives of this node: (incarnation, words). `lease_s` is 0 where there are no leases;
+    `on_lease(until_s)` tells until when (boot clock) this node may act, `on_expelled(reason)` that it may not at all.
+    """
+
+    def __init__(
+        self,
+        life: Life,
+        pid: int,
+        nodes: Iterable[Configured],
+        config: str,
+        medium: Medium,
+        fence_shell: FenceShell,
+        clock: Clock,
+        trace: Trace,
+        *,
+        ended: Iterable[tuple[int, str]] = (),
+        startup_s: float,
+        lease_s: float = 0.0,
+        unresponsive_s: float,
+        on_lease: Callable[[float], None] = lambda until_s: None,
+        on_expelled: Callable[[str], None],
+    ) -> None:
+        self.me = life.member
+        self.max_payload = MAX_PAYLOAD_BYTES
+        self.view = View((0, 0, 0), (), (), (), False)
+        self.frozen = "not a member yet"
+        self._life = life
+        self._pid = pid
+        self._nodes = {node.number: node for node in nodes}
+        self._majority = sum(node.votes for node in self._nodes.values()) // 2 + 1
+        self._config = config
+        self._medium = medium
+        self._clock = clock
+        self._trace = trace
+        self._lease_s = lease_s
+        self._unresponsive_s = unresponsive_s
+        self._on_lease = on_lease
+        self._on_expelled = on_expelled
+        self._events: StatefulEvents | None = None
+        self._over = ""
+        # the medium's membership, ring and quorum
+        self._peers: tuple[Peer, ...] = ()
+        self._gone: set[int] = set()
+        self._ring: tuple[int, int] = (0, 0)
+        self._ring_nodes: frozenset[int] = frozenset()
+        self._quorum: tuple[bool, tuple[int, int]] = (False, (0, 0))
+        self._said: tuple[Any, ...] = ()
+        self._hellos: dict[Peer, Hello] = {}
+        # the view
+        self._tag: Tag | None = None
+        self._members: dict[Peer, Member] = {}
+        self._number = 0
+        self._index = 0
+        self._stability = Stability({}, self._majority)
+        self._owed = self._settled = 0
+        self._acked: tuple[int, bool] = (0, False)
+        self._lease: Lease | None = None
+        self._unbroken = True
+        # what outlives views
+        self._last: dict[Key, Life] = {}
+        self._left: set[Key] = set()
+        self._proofs: dict[Key, str] = {(self.me.node, incarnation): words for incarnation, words in ended}
+        self._fencing = Fencing(self.me.node, fence_shell, startup_s)
+        # what goes out, and who owes what for how long
+        self._outgoing: deque[bytes] = deque()
+        self._under_way: deque[float] = deque()
+        self._ticked_s = 0.0
+        self._last_tick_s = clock.monotonic_s()
+        self._owing: dict[int, float] = {}
+        self._left_cleanly: Callable[[], None] | None = None
+
+    # ---- ProcessGroup, as far as it is pure
+
+    def multicast(self, payload: bytes) -> None:
+        """As `ProcessGroup.multicast`."""
+        if self._over or self._events is None:
+            raise Refused("not-a-member", f"{self.me.name} is no member of the group, so it can send nothing")
+        if len(payload) > self.max_payload:
+            raise Refused(
+                "payload-too-large",
+                f"a message has {len(payload)} bytes, the group carries {self.max_payload} at most",
+            )
+        if self._tag is None:
+            raise Busy("the membership is changing")
+        if len(self._under_way) >= WINDOW:
+            raise Busy(f"{len(self._under_way)} messages are under way")
+        self._under_way.append(self._ticked_s)
+        self._send(tagged(self._tag, payload))
+
+    def join(self, events: StatefulEvents) -> None:
+        """Begin; the first view comes to `events` when all members have met."""
+        self._events = events
+        self.frozen = "waiting for the members to meet"
+        self._greet()
+
+    def leave(self, done: Callable[[], None]) -> None:
+        """Say goodbye; `done()` is called when it is in the order, or when there is nobody to say it to."""
+        self._left_cleanly = done
+        if self._tag is None:
+            if self._events is None:
+                done()
+            return  # said when the next view begins
+        self._send(control(["leave"]))
+
+    def end(self, reason: str) -> None:
+        """Nothing is heard or sent any more."""
+        self._over = reason
+        self.frozen = reason
+        self._tag = None
+        self._fencing.suspend()
+
+    # ---- from the medium, in its order
+
+    def on_change(self, peers: tuple[Peer, ...], gone: Iterable[int], come: Iterable[int]) -> None:
+        """The medium's membership: `peers` now; nodes that the ring lost are `gone`, others have `come`."""
+        self._peers = tuple(sorted(peers))
+        self._gone |= set(gone)
+        self._gone -= set(come)
+        self._hellos = {}
+        self._said = ()
+        self._owing = {}
+        self._pause("the membership is changing")
+        self._greet()
+
+    def on_message(self, peer: Peer, data: bytes) -> None:
+        if self._over or not data:
+            return
+        try:
+            if data[0] == PAYLOAD:
+                self._on_payload(peer, data)
+            elif data[0] == ACK:
+                self._on_ack(peer, data)
+            elif data[0] == CONTROL:
+                self._on_control(peer, read_control(data))
+            else:
+                raise BadBytes("bad-message", f"a message of kind {data[0]} is none that this version knows")
+        except BadBytes as error:
+            self._trace.point("group.bad_message", node=peer[0], why=error.message)
+
+    # ---- from the medium, in no order
+
+    def on_ring(self, ring: tuple[int, int], nodes: Iterable[int]) -> None:
+        """The ring, (sequence, lowest node), and its nodes."""
+        self._ring = ring
+        self._ring_nodes = frozenset(nodes)
+        self._fencing.ring(self._ring_nodes, self._clock.boottime_s())
+        self._greet()
+
+    def on_quorum(self, quorate: bool, ring: tuple[int, int]) -> None:
+        """Whether this node has quorum in `ring`."""
+        self._quorum = (quorate, ring)
+        if not quorate:
+            self._unbroken = False
+            self._freeze("this node has no quorum")
+        self._greet()
+
+    def flush(self) -> None:
+        """Send what the medium did not take before."""
+        while self._outgoing and self._medium.send(self._outgoing[0]):
+            self._outgoing.popleft()
+
+    def swept(self) -> None:
+        """The medium has told all that it has for now: acknowledge it."""
+        events = self._events
+        if self._tag is None or events is None:
+            return
+        keeps = events.installed
+        if self._owed > self._acked[0] or (keeps and not self._acked[1]):
+            self._acked = (self._index, keeps)
+            self._told((self.me.node, self.me.incarnation), self._index, keeps)
+            self._send(ack(self._tag, self._index, keeps))
+
+    def tick(self) -> None:
+        """Some times a second: beats, bounds, startup grace."""
+        if self._over:
+            return
+        self.flush()
+        monotonic_s, now_s = self._clock.monotonic_s(), self._clock.boottime_s()
+        elapsed_s = min(monotonic_s - self._last_tick_s, TICK_MOST_S)
+        self._last_tick_s = monotonic_s
+        self._ticked_s += elapsed_s
+        self._fencing.act(now_s)
+        self._beat(now_s)
+        self._watch(elapsed_s)
+
+    def _beat(self, now_s: float) -> None:
+        lease = self._lease
+        if lease is not None and self._tag is not None and lease.due(now_s):
+            number, heard = lease.beat(now_s)
+            self._send(control(["beat", list(self._tag), number, [list(pair) for pair in heard]]))
+            if lease.alone():
+                self._on_lease(lease.until_s)
+
+    def _watch(self, elapsed_s: float) -> None:
+        """Nobody may keep the others waiting for ever: not this node by its slowness, nor a peer that does nothing."""
+        if self._under_way and self._tag is not None:
+            late_s = self._ticked_s - self._under_way[0]
+            if late_s > self._unresponsive_s:
+                self._expel(
+                    f"this node's own messages did not come back for {late_s:.0f} s: it is too slow for its cluster"
+                )
+                return
+        self._owing = {node: self._owing.get(node, 0.0) + elapsed_s for node in self._debtors()}
+        self._settled = self._index
+        patient = [node for node, _ in self._peers if node not in self._owing]
+        for node, for_s in list(self._owing.items()):
+            if for_s > self._unresponsive_s and patient and min(patient) == self.me.node:
+                self._trace.point("group.evicted", node=node)
+                self._owing[node] = 0.0
+                self._medium.evict(node)
+
+    def _debtors(self) -> set[int]:
+        """Nodes that owe a hello or an acknowledgement."""
+        me = self.me.node
+        if self._tag is not None:
+            return {node for node, _ in self._stability.behind(self._settled)} - {me}
+        if not self._hellos:
+            return set()
+        return {node for node, pid in self._peers if (node, pid) not in self._hellos} - {me}
+
+    # ---- fencing, from its shell and from people
+
+    def fence_done(self, node: int, words: str) -> None:
+        """This node's fencer made sure that `node` is off."""
+        self._fencing.done(node, words)
+        self._say_proofs()
+
+    def fence_failed(self, node: int, why: str) -> None:
+        self._fencing.given_up(node)
+        if self._tag is not None:
+            self._send(control(["fence-failed", list(self._tag), node, why]))
+
+    def vouch(self, name: str, words: str) -> None:
+        """An operator vouches that a lost node is off. Raises Refused ("not-lost") if no such node is waited for."""
+        nodes = {key[0] for key, lost in self._fencing.lost.items() if lost.life.member.name == name}
+        if not nodes:
+            waiting = sorted({lost.life.member.name for lost in self._fencing.lost.values()})
+            raise Refused(
+                "not-lost",
+                f"{name} is not waited for: "
+                + (f"that are {', '.join(waiting)}" if waiting else "nobody is"),
+            )
+        for node in nodes:
+            self._fencing.vouched(node, words)
+        self._say_proofs()
+
+    def _say_proofs(self) -> None:
+        if self._tag is not None:
+            for key, words in self._fencing.to_say():
+                self._send(control(["fenced", list(self._tag), list(key), words]))
+
+    # ---- the change of membership
+
+    def _greet(self) -> None:
+        """Say hello if ring, quorum and membership fit together and it was not said yet."""
+        events = self._events
+        quorate, ring = self._quorum
+        me = (self.me.node, self._pid)
+        if events is None or self._over or me not in self._peers or ring != self._ring:
+            return
+        if self._gone & self._ring_nodes or not {node for node, _ in self._peers} <= self._ring_nodes:
+            return  # the ring that goes with this membership is not told yet
+        said = (self._peers, ring, quorate)
+        if said == self._said:
+            return
+        self._said = said
+        hello = Hello(
+            peers=self._peers,
+            ring=ring,
+            quorate=quorate,
+            number=self._number,
+            life=self._life,
+            config=self._config,
+            has_state=events.has_state,
+            last=tuple(sorted(self._last.values())),
+            lost=tuple(sorted(lost.life for lost in self._fencing.lost.values())),
+            left=tuple(sorted(self._left)),
+            proofs=tuple((*key, words) for key, words in sorted(self._proofs.items())),
+        )
+        self._trace.point("group.hello", ring=ring, quorate=quorate)
+        self._send(control(hello.to_wire()))
+
+    def _on_hello(self, peer: Peer, wire: list[Any]) -> None:
+        if peer not in self._peers:
+            return
+        hello = Hello.from_wire(wire)
+        if hello.peers != self._peers:
+            return  # it answers an older change
+        self._hellos[peer] = hello
+        rings = {said.ring for said in self._hellos.values()}
+        if len(self._hellos) < len(self._peers) or len(rings) > 1:
+            return
+        number = 1 + max(max(said.number for said in self._hellos.values()), self._number)
+        self._begin((number, *rings.pop()), work_out(self._hellos, self._nodes.values()))
+
+    def _begin(self, tag: Tag, change: Change) -> None:
+        reason = change.expelled.get(self._life.key)
+        if reason is not None:
+            self._expel(reason)
+            return
+        events = self._events
+        assert events is not None
+        self._number = tag[0]
+        members = tuple(life.member for life in change.members)
+        self._members = change.peers
+        if not change.quorate or not self._quorum[0]:
+            self._tag = None
+            self._on_lease(0.0)
+            self.frozen = "the cluster has no quorum"
+            self._trace.point(
+                "group.view", ring=tag, members=[member.node for member in members], quorate=False
+            )
+            self.view = View(tag, members, change.joined, (), False)
+            events.on_view(self.view)
+            return
+        now_s = self._clock.boottime_s()
+        lost = [life for life, reason_left in change.left if reason_left is Left.LOST]
+        self._tag = tag
+        self.frozen = ""
+        self._index = self._owed = self._settled = 0
+        self._acked = (0, False)
+        self._under_way.clear()
+        votes = _votes(members, self._nodes)
+        self._stability = Stability(votes, self._majority)
+        self._last = {life.key: life for life in change.members}
+        self._left = set()
+        for key, (_, words) in change.proved.items():
+            if key[1]:
+                self._proofs[key] = words
+        for key in list(self._proofs)[: max(0, len(self._proofs) - PROOFS_KEPT)]:
+            del self._proofs[key]
+        self.view = View(
+            tag,
+            members,
+            change.joined,
+            tuple((life.member, reason_left) for life, reason_left in change.left),
+            True,
+            votes=tuple(votes.values()),
+            majority=self._majority,
+            unbroken=self._unbroken,
+        )
+        self._unbroken = True
+        self._trace.point("group.view", ring=tag, members=[member.node for member in members], quorate=True)
+        if self._lease_s:
+            own_votes = {key[0]: own for key, own in votes.items() if own}
+            self._lease = Lease(self.me.node, own_votes, self._majority, self._lease_s)
+        else:
+            self._on_lease(math.inf)
+        events.on_view(self.view)
+        for key, (life, words) in sorted(change.proved.items()):
+            self._fencing.proved(key)
+            self._tell_fenced(life.member, words)
+        self._fencing.view(lost, tuple(member.node for member in members), now_s)
+        self._say_proofs()
+        if self._left_cleanly is not None:
+            self._send(control(["leave"]))
+        self.tick()
+
+    def _pause(self, reason: str) -> None:
+        """Between views: nothing is delivered. Who had quorum may go on with what it has."""
+        if self._tag is not None:
+            self._tag = None
+            self.frozen = reason
+            self._fencing.suspend()
+
+    def _freeze(self, reason: str) -> None:
+        events = self._events
+        self._pause(reason)
+        if events is not None and self.view.quorate:
+            self.frozen = reason
+            self._trace.point("group.frozen", reason=reason)
+            self.view = View(self.view.ring, self.view.members, (), (), False)
+            events.on_view(self.view)
+            self._on_lease(0.0)
+
+    def _expel(self, reason: str) -> None:
+        if not self._over:
+            self.end(reason)
+            self._on_expelled(reason)
+
+    # ---- messages
+
+    def _on_payload(self, peer: Peer, data: bytes) -> None:
+        tag = read_tag(data)
+        if peer == (self.me.node, self._pid) and self._under_way:
+            self._under_way.popleft()
+        sender = self._members.get(peer)
+        if self._tag is None or tag != self._tag or sender is None:
+            return
+        events = self._events
+        assert events is not None
+        self._index += 1
+        events.on_message(self._index, sender, data[OVERHEAD_BYTES:])
+        if sender != self.me:
+            self._owed = self._index
+        self._told((sender.node, sender.incarnation), self._index, False)
+
+    def _on_ack(self, peer: Peer, data: bytes) -> None:
+        sender = self._members.get(peer)
+        if self._tag is None or read_tag(data) != self._tag or sender is None:
+            return
+        index, keeps = read_ack(data)
+        self._told((sender.node, sender.incarnation), index, keeps)
+
+    def _told(self, key: Key, index: int, keeps: bool) -> None:
+        self._stability.told(key, index, keeps)
+        self._look()
+
+    def _look(self) -> None:
+        stable = self._stability.look(not self._fencing.lost)
+        if stable is not None and self._events is not None:
+            self._events.on_stable(stable)
+
+    def _on_control(self, peer: Peer, message: list[Any]) -> None:
+        sender = self._members.get(peer)
+        match message:
+            case ["hello", *_]:
+                self._on_hello(peer, message)
+            case [_, [int(number), int(sequence), int(node)], *_] if (number, sequence, node) != self._tag:
+                return
+            case _ if self._tag is None or sender is None:
+                return
+            case ["leave"]:
+                self._left.add((sender.node, sender.incarnation))
+                if sender == self.me and self._left_cleanly is not None:
+                    done, self._left_cleanly = self._left_cleanly, None
+                    done()
+            case ["fenced", _, [int(node), int(incarnation)], str(words)]:
+                self._on_fenced((node, incarnation), words)
+            case ["fence-failed", _, int(node), str(why)]:
+                self._trace.point("group.fence_failed", node=node, actor=sender.node, why=why)
+                self._fencing.failed(node, sender.node, why, self._clock.boottime_s())
+            case ["beat", _, int(number), list(heard)]:
+                self._on_beat(sender, number, heard)
+            case _:
+                raise BadBytes("bad-message", f"{message[0]!r} is no word of a group of this version")
+
+    def _on_fenced(self, key: Key, words: str) -> None:
+        lost = self._fencing.proved(key)
+        if lost is None:
+            return  # a repeat, or it came back meanwhile (dlm.md 6.8.10, 6.8.11)
+        if key[1]:
+            self._proofs[key] = words
+        self._tell_fenced(lost.life.member, words)
+        self._look()
+
+    def _tell_fenced(self, member: Member, words: str) -> None:
+        self._trace.point("group.fenced", node=member.node, proof=words)
+        if self._events is not None:
+            self._events.on_fenced(member, words)
+
+    def _on_beat(self, sender: Member, number: int, heard: list[Any]) -> None:
+        try:
+            pairs = {int(node): int(last) for node, last in heard}
+        except (ValueError, TypeError):
+            raise BadBytes("bad-message", "a beat names no nodes") from None
+        if self._lease is not None and self._lease.on_beat(sender.node, number, pairs):
+            self._on_lease(self._lease.until_s)
+
+    def _send(self, data: bytes) -> None:
+        if self._outgoing or not self._medium.send(data):
+            self._outgoing.append(data)
+
+    # ---- for people
+
+    def status(self) -> dict[str, Any]:
+        """Ring, quorum, members, who is lost, and what anything waits for, as plain JSON values."""
+        now_s = self._clock.boottime_s()
+        waits = []
+        if self._tag is None and not self._over:
+            silent = [peer for peer in self._peers if peer not in self._hellos]
+            waits = [self._name(node) for node, _ in silent]
+        return {
+            "ring": list(self._ring),
+            "ring_nodes": sorted(self._ring_nodes),
+            "quorate": self._quorum[0],
+            "view": list(self.view.ring),
+            "members": [[m.node, m.name, f"{m.incarnation:016x}"] for m in self.view.members],
+            "frozen": self.frozen,
+            "awaiting_hello": waits,
+            "owing": [
+                {"name": self._name(node), "for_s": round(for_s, 1)}
+                for node, for_s in sorted(self._owing.items())
+                if for_s >= SHOWN_S
+            ],
+            "majority": self._majority,
+            "nodes": [
+                {
+                    "node": node.number,
+                    "name": node.name,
+                    "votes": node.votes,
+                    "in_ring": node.number in self._ring_nodes,
+                }
+                for node in sorted(self._nodes.values(), key=lambda node: node.number)
+            ],
+            "lost": self._fencing.status(now_s),
+            "lease_until_s": self._lease.until_s if self._lease is not None else None,
+            "lease_left_s": round(self._lease.until_s - now_s, 1) if self._lease is not None else None,
+        }
+
+    def _name(self, node: int) -> str:
+        return self._nodes[node].name if node in self._nodes else f"node {node}"
+
+
+def _votes(members: tuple[Member, ...], nodes: dict[int, Configured]) -> dict[Key, int]:
+    """Each member's votes: a node has them once, also while a former life of it is not missed yet."""
+    votes: dict[Key, int] = {}
+    counted: set[int] = set()
+    for member in members:
+        votes[member.node, member.incarnation] = 0 if member.node in counted else nodes[member.node].votes
+        counted.add(member.node)
+    return votes
