@@ -55,6 +55,11 @@ class RunDir:
     def lockd_socket(self) -> Path:
         return self.node_dir / "lockd.sock"
 
+    @property
+    def lease(self) -> Path:
+        """Until when this node may submit I/O (`device.lease`)."""
+        return self.node_dir / "lease"
+
     def array_dir(self, array: str) -> Path:
         return self.node_dir / array
 

@@ -242,26 +242,103 @@ def test_what_was_queued_before_a_shut_never_passes_a_renewed_gate(make: Make, p
     assert Path(path).read_bytes()[: 20 * 4096] == bytes(20 * 4096)
 
 
-def test_the_gates_check_is_asked_before_each_submission_and_again_while_it_holds(
+class SetLease:
+    """A lease that a test ends and renews."""
+
+    def __init__(self) -> None:
+        self.good = True
+
+    def valid(self) -> bool:
+        return self.good
+
+
+def test_a_lease_is_looked_at_before_each_submission_and_again_while_it_is_over(
     make: Make, path: str
 ) -> None:
     async def story() -> None:
         async with bench(make, path) as b:
-            says = GateState.HELD
-            b.gate.check = lambda: says
+            lease = b.gate.lease = SetLease()
+            seen: list[GateState] = []
+            b.gate.listen(seen.append)
+            lease.good = False
             b.write(0, 0, b"c" * 4096)
             b.submitter.submit()
             await asyncio.sleep(0.05)
             assert b.recorder.results == {}
+            assert seen == [GateState.HELD] and "lease" in b.gate.reason
             # a lease that is renewed tells nobody
-            says = GateState.OPEN
+            lease.good = True
             assert await b.results(1) == {0: 4096}
-            says = GateState.SHUT
+            assert seen == [GateState.HELD, GateState.OPEN]
+            lease.good = False
             b.write(1, 0, b"c" * 4096)
             b.submitter.submit()
+            b.gate.shut("others may have taken over")
             assert (await b.results(2))[1] == -errno.ESHUTDOWN
 
     run(story())
+
+
+def test_contact_and_lease_both_have_to_let_go_of_the_gate(make: Make, path: str) -> None:
+    async def story() -> None:
+        async with bench(make, path) as b:
+            lease = b.gate.lease = SetLease()
+            lease.good = False
+            b.write(0, 0, b"c" * 4096)
+            b.submitter.submit()
+            b.gate.hold("contact lost")
+            assert b.gate.reason == "contact lost"
+            lease.good = True
+            await asyncio.sleep(0.05)
+            assert b.gate.state is GateState.HELD and b.recorder.results == {}
+            lease.good = False
+            b.submitter.submit()
+            b.gate.open()
+            await asyncio.sleep(0.05)
+            assert b.gate.state is GateState.HELD and "lease" in b.gate.reason and b.recorder.results == {}
+            lease.good = True
+            assert await b.results(1) == {0: 4096}
+
+    run(story())
+
+
+def test_a_gate_opens_again_after_a_lease_even_if_nothing_waits_behind_it(make: Make, path: str) -> None:
+    async def story() -> None:
+        async with bench(make, path) as b:
+            lease = b.gate.lease = SetLease()
+            lease.good = False
+            waiter = asyncio.create_task(b.submitter.run(b.device, Op.FLUSH, 0, 0))
+            await asyncio.sleep(0.01)
+            waiter.cancel()
+            opened = asyncio.Event()
+            b.gate.listen(lambda state: opened.set())
+            lease.good = True
+            await asyncio.wait_for(opened.wait(), LIMIT_S)
+            assert b.gate.state is GateState.OPEN
+
+    run(story())
+
+
+def test_a_request_that_waits_for_a_thread_looks_at_the_lease_again(path: str) -> None:
+    class EndsAfterFirstLook(SetLease):
+        looks = 0
+
+        def valid(self) -> bool:
+            self.looks += 1
+            return self.good and (self.looks == 1 or self.looks > 3)
+
+    async def story() -> None:
+        async with bench(KINDS["threads"], path) as b:
+            lease = b.gate.lease = EndsAfterFirstLook()
+            b.write(0, 0, b"t" * 4096)
+            b.submitter.submit()  # the first look: the gate lets it pass; then the thread's own
+            while lease.looks < 2:
+                await asyncio.sleep(0)
+            assert b.recorder.results == {} and Path(path).read_bytes()[:4096] == bytes(4096)
+            assert await b.results(1) == {0: 4096}
+
+    run(story())
+    assert Path(path).read_bytes()[:4096] == b"t" * 4096
 
 
 def test_a_sweep_calls_targets_then_listeners_then_submits_what_they_queued(make: Make, path: str) -> None:

@@ -59,7 +59,7 @@ def report(state: ArrayState, coordinator: Coordinator, resync: Resync) -> Array
         members=tuple(members),
         sync=resync.status(),
         bitmap=_bitmap(state),
-        held=state.held,
+        held=state.held or state.gate.reason,
         counters={**asdict(state.counters), "messages_sent": coordinator.messages_sent},
     )
 

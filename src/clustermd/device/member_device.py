@@ -14,6 +14,8 @@ import enum
 from collections.abc import Callable
 from typing import Protocol
 
+from clustermd.device.lease import Lease
+
 
 class Op(enum.IntEnum):
     """What a request does. DISCARD leaves zeroes or fails with -EOPNOTSUPP."""
@@ -66,33 +68,52 @@ class GateState(enum.Enum):
     SHUT = "shut"
 
 
+LAPSED = "this node's lease is over: it has not heard a majority of the cluster for too long"
+
+
 class Gate:
     """The I/O gate: in front of every submission, of data, bitmaps and superblocks alike.
 
     A node that lost contact is HELD and may be opened again; a node whose rights may have passed to
     others is SHUT until it has joined again: a new life begins with `renew` (rule 12). `reason` says why, for people.
-    `check` is asked before every submission; a lease puts its clock there.
+    With a `lease`, its end holds the gate as well, and both have to let go of it: `lapsed` says that the lease was
+    found over at the last `verdict`.
     """
 
-    __slots__ = ("_listeners", "check", "reason", "state")
+    __slots__ = ("_hold", "_listeners", "lapsed", "lease", "reason", "state")
 
-    def __init__(self) -> None:
+    def __init__(self, lease: Lease | None = None) -> None:
         self.state = GateState.OPEN
         self.reason = ""
-        self.check: Callable[[], GateState] = lambda: self.state
+        self.lease = lease
+        self.lapsed = False
+        self._hold: str | None = None
         self._listeners: list[Callable[[GateState], None]] = []
 
     def listen(self, listener: Callable[[GateState], None]) -> None:
         """Call `listener(state)` after each change."""
         self._listeners.append(listener)
 
+    def verdict(self) -> GateState:
+        """May a batch go now? Asked before every submission. The end of a lease and its renewal give no event,
+        so they are found here, and listeners are told then.
+        """
+        lease = self.lease
+        if lease is not None and lease.valid() is self.lapsed and self.state is not GateState.SHUT:
+            self.lapsed = not self.lapsed
+            self._settle()
+        return self.state
+
     def open(self) -> None:
-        self._to(GateState.OPEN, "")
+        self._hold = None
+        self._settle()
 
     def hold(self, reason: str) -> None:
-        self._to(GateState.HELD, reason)
+        self._hold = reason
+        self._settle()
 
     def shut(self, reason: str) -> None:
+        self.lapsed = False
         self._to(GateState.SHUT, reason)
 
     def renew(self) -> None:
@@ -101,11 +122,21 @@ class Gate:
             self.state = GateState.HELD
         self.open()
 
+    def _settle(self) -> None:
+        if self._hold is not None:
+            self._to(GateState.HELD, self._hold)
+        elif self.lapsed:
+            self._to(GateState.HELD, LAPSED)
+        else:
+            self._to(GateState.OPEN, "")
+
     def _to(self, state: GateState, reason: str) -> None:
-        if self.state is GateState.SHUT or self.state is state:
+        if self.state is GateState.SHUT:
+            return
+        self.reason = reason
+        if self.state is state:
             return
         self.state = state
-        self.reason = reason
         for listener in list(self._listeners):
             listener(state)
 

@@ -1,8 +1,7 @@
 """What every submitter does around its batches, whichever way requests reach the kernel.
 
-A batch passes the I/O gate once: the gate's own state first, then its `check` (rule 12). Opening and shutting
-are events. A `check` (a lease looking at its clock) gives no event, so while it says HELD it
-is asked again after `RECHECK_S`.
+A batch passes the I/O gate once (rule 12). Opening and shutting are events. A lease that is renewed gives no
+event, so while one is over the gate is asked again every `RECHECK_S`.
 
 Completions of one wake-up form a sweep: all targets, then the listeners, then one submit of all that
 they queued. An error in one target must not swallow the completions behind it: it goes to the loop's
@@ -18,6 +17,7 @@ from collections.abc import Callable
 from clustermd.device.member_device import Buffer, Gate, GateState, MemberDevice, Op, Submitter, Target
 
 RECHECK_S = 0.02
+"""Much shorter than any lease, and cheap beside what stands still meanwhile."""
 
 
 class Sweep:
@@ -46,13 +46,10 @@ class Sweep:
         gate.listen(self._gate_changed)
 
     def verdict(self) -> GateState:
-        """May a batch go now? OPEN only when the gate is open and its check says so too."""
-        gate = self._gate
-        state = gate.state
-        if state is GateState.OPEN:
-            state = gate.check()
-            if state is GateState.HELD:
-                self.submit_later(RECHECK_S)
+        """May a batch go now?"""
+        state = self._gate.verdict()
+        if self._gate.lapsed:
+            self.submit_later(RECHECK_S)
         return state
 
     def submit_later(self, delay_s: float) -> None:
@@ -62,8 +59,11 @@ class Sweep:
 
     def _submit_now(self) -> None:
         self._recheck = None
-        if not self.closed:
-            self._submit()
+        if self.closed:
+            return
+        if self._gate.lapsed:
+            self.verdict()
+        self._submit()
 
     def _gate_changed(self, state: GateState) -> None:
         if self.closed:
@@ -73,6 +73,8 @@ class Sweep:
             self._submit()
         elif state is GateState.OPEN:
             self._loop.call_soon(self._submit_now)
+        elif self._gate.lapsed:
+            self.submit_later(RECHECK_S)
 
     def refuse(self, requests: list[tuple[Target, int]], error: int) -> None:
         """Complete each `(target, tag)` with `-error` in a later sweep."""

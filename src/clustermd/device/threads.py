@@ -3,6 +3,9 @@
 Same contract, same order of calls: `queue` remembers, `submit` passes the gate and hands the batch to
 the threads, an eventfd wakes the loop, one sweep answers all that is done. Only the plain system calls
 run in the threads; everything else stays on the loop's thread.
+
+Behind a disk that hangs, a request can wait for a thread as long as it likes after it has passed the gate. So a thread
+looks at the lease once more, right before its system call, and hands back what came too late.
 """
 
 from __future__ import annotations
@@ -59,7 +62,7 @@ class ThreadSubmitter:
         self._loop = loop
         self._queued: list[_Request] = []
         self._work: SimpleQueue[_Request | None] = SimpleQueue()
-        self._done: deque[tuple[Target, int, int]] = deque()
+        self._done: deque[tuple[_Request, int | None]] = deque()
         self._in_flight = 0
         self._sweep = Sweep(loop, self.gate, self.submit)
         self._event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -99,10 +102,14 @@ class ThreadSubmitter:
                 self._work.put(request)
 
     def _serve(self) -> None:
-        """One thread: take a request, make its system call, put the result down, wake the loop."""
+        """One thread: take a request, make its system call, put the result down, wake the loop.
+
+        None for a result: the lease was over, nothing was done.
+        """
         while (request := self._work.get()) is not None:
-            result = _perform(request)
-            self._done.append((request[6], request[7], result))
+            lease = self.gate.lease
+            late = lease is not None and not lease.valid()
+            self._done.append((request, None if late else _perform(request)))
             os.eventfd_write(self._event_fd, 1)
 
     def _completed(self) -> None:
@@ -110,10 +117,16 @@ class ThreadSubmitter:
             os.eventfd_read(self._event_fd)
         except BlockingIOError:
             pass
-        completions = []
+        completions: list[tuple[Target, int, int]] = []
+        again: list[_Request] = []
         while self._done:
-            completions.append(self._done.popleft())
-        self._in_flight -= len(completions)
+            request, result = self._done.popleft()
+            self._in_flight -= 1
+            if result is None:
+                again.append(request)
+            else:
+                completions.append((request[6], request[7], result))
+        self._queued[:0] = again
         self._sweep.deliver(completions)
         if self._in_flight == 0 and self._sweep.awaits_drain:
             self._sweep.drained()

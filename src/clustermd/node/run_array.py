@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from contextlib import AsyncExitStack
+from functools import partial
 from uuid import UUID
 
 from clustermd.array.array import Array
@@ -18,8 +20,11 @@ from clustermd.array.coordinator import Alone, Coordinator
 from clustermd.array.status import ArrayStatus
 from clustermd.clock import SystemClock
 from clustermd.cluster.cluster import Cluster
+from clustermd.conf import Conf
 from clustermd.device.direct import DirectDevice, open_member
 from clustermd.device.in_use import in_use_by_kernel
+from clustermd.device.lease import LeaseFile
+from clustermd.device.member_device import Gate, GateState
 from clustermd.device.submitter import make_submitter
 from clustermd.errors import DeviceRefused, Refused
 from clustermd.export.nbd import ClientInfo, NbdServer
@@ -27,12 +32,13 @@ from clustermd.node.cluster_name import own_cluster_name
 from clustermd.node.config import ArrayConfig
 from clustermd.node.disk import Disk
 from clustermd.node.files import ArrayFiles, SpeedLimits
-from clustermd.node.link import connect_link
+from clustermd.node.link import LockdLink, connect_link
 from clustermd.node.running import Notice, RunningArray
 from clustermd.rundir import RunDir
 from clustermd.trace import Trace
 
 log = logging.getLogger("clustermd.node")
+_BOOTTIME_NS = partial(time.clock_gettime_ns, time.CLOCK_BOOTTIME)
 
 
 class Served:
@@ -68,6 +74,7 @@ def client_text(client: ClientInfo) -> str:
 
 async def start_array(config: ArrayConfig, rundir: RunDir, trace: Trace, notice: Notice) -> RunningArray:
     """Run the array of `config` on this node. Raises Refused or OSError, with everything undone."""
+    conf = Conf.load()
     clustered = _look(config)
     changed = asyncio.Event()
     async with AsyncExitStack() as undo:
@@ -93,11 +100,18 @@ async def start_array(config: ArrayConfig, rundir: RunDir, trace: Trace, notice:
                 good = {member.path for member in assembly.members if member.in_sync}
                 return [device for device in opened if device.path in good]
 
-            coordinator = Cluster(
-                str(UUID(bytes=assembly.reference.set_uuid)),
-                lambda: connect_link(rundir, config.name, opened, shared, submitter, notice, trace),
-                trace,
-            )
+            async def connect() -> LockdLink:
+                link = await connect_link(rundir, config.name, opened, shared, submitter, notice, trace)
+                if conf.clustered:
+                    try:
+                        submitter.gate.lease = LeaseFile.open(rundir.lease, _BOOTTIME_NS)
+                    except BaseException:
+                        await link.close()
+                        raise
+                return link
+
+            coordinator = Cluster(str(UUID(bytes=assembly.reference.set_uuid)), connect, trace)
+            submitter.gate.listen(partial(_say_lapsed, submitter.gate, config.name))
         array = Array(
             config.name,
             assembly,
@@ -118,6 +132,11 @@ async def start_array(config: ArrayConfig, rundir: RunDir, trace: Trace, notice:
         await server.start()
         undo.pop_all()
     return Served(array, server, changed)
+
+
+def _say_lapsed(gate: Gate, name: str, state: GateState) -> None:
+    if gate.lapsed and state is GateState.HELD:
+        log.warning("%s: I/O is held: %s", name, gate.reason)
 
 
 def _look(config: ArrayConfig) -> bool:
