@@ -164,7 +164,9 @@ class Cpg:
             raise
 
     def join(self) -> bool:
-        """Enter the group. False: corosync is busy with a membership change, call again soon."""
+        """Enter the group. False: call again soon, corosync is busy with a membership change or not done yet with a
+        former membership of this process in the group.
+        """
         return self._unless_busy("cpg_join", self._join(self._connection.handle, ctypes.byref(self._name)))
 
     def leave(self) -> bool:
@@ -198,8 +200,9 @@ class Cpg:
         return self._connection.dispatch()
 
     def close(self) -> None:
-        """End the connection. Others see PROCDOWN if this process was in the group. Waits for corosync's
-        answer.
+        """End the connection. Others see PROCDOWN if this process was in the group.
+
+        Waits for corosync's answer, so it does not return while corosync is stopped.
         """
         self._connection.close()
 

@@ -86,8 +86,9 @@ _REMEDIES: dict[Status, tuple[str, str]] = {
         "corosync-no-access",
         "no access to corosync's sockets: run as root or with group 0, or let root write "
         "a file in /etc/corosync/uidgid.d with 'uidgid {', 'uid: USER', '}' on lines of their own, "
-        "then run corosync-cfgtool -R",
+        "and restart corosync",
     ),
+    Status.EXIST: ("corosync-exists", "this process is in that group already, through another connection"),
     Status.NAME_TOO_LONG: ("corosync-name", "the name is longer than 128 bytes"),
     Status.NO_SPACE: ("corosync-no-space", "corosync's library found no room in /dev/shm"),
     Status.NO_RESOURCES: (
