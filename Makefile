@@ -9,7 +9,8 @@ INSTALLED := .venv/.installed
 
 # python3-venv makes .venv; the others are the other ends of the tests and of the demo.
 DEBIAN_PACKAGES := python3-venv mdadm fio nbdkit nbdkit-plugin-python libnbd-bin python3-libnbd fuse3 \
-	qemu-utils e2fsprogs xz-utils util-linux kmod procps
+	qemu-utils e2fsprogs xz-utils util-linux kmod procps \
+	corosync iproute2 gcc libc6-dev libcpg-dev libquorum-dev libvotequorum-dev libcmap-dev
 
 .PHONY: setup packages demo test check bench clean
 
