@@ -61,10 +61,10 @@ NUMBERS: dict[str, int] = {
         if status < 100
     },
     "CS_ERR_SECURITY": Status.SECURITY,
-    **{prefix + member.name: member for kind, prefix in ENUMS for member in kind if member.name},
+    **{prefix + member.name: member for kind, prefix in ENUMS for member in kind},
     **{
         "VOTEQUORUM_INFO_" + ("TWONODE" if rule is votequorum.Rules.TWO_NODE else str(rule.name)): rule
-        for rule in votequorum.Rules
+        for rule in votequorum.Rules.__members__.values()
     },
 }
 CALLBACKS = {
