@@ -1,0 +1,73 @@
+"""`fence = "stonith"`: pacemaker fences the lost node, with the devices it is configured with.
+
+`stonith_admin --fence NODE` asks the fencer daemon of this node, which finds a device, tries the others' too, and
+ends with 0 only when the node is verified off (stonith_admin(8)). Names are those of pacemaker's nodes, which
+are corosync's.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+
+from clustermd.errors import Refused
+from clustermd.lockd.fencing.program import Outcome, run_program
+from clustermd.lockd.fencing.victim import Victim
+
+STONITH_ADMIN = "stonith_admin"
+_SEARCH = "/usr/sbin:/sbin:/usr/bin"
+TIMEOUT_S = 120.0
+log = logging.getLogger("clustermd.lockd")
+
+
+class StonithFencer:
+    """`Fencer` over pacemaker. Tests give another `program`."""
+
+    policy = "stonith"
+    unsafe = ""
+
+    def __init__(self, program: str = STONITH_ADMIN, timeout_s: float = TIMEOUT_S) -> None:
+        self._program = program
+        self._timeout_s = timeout_s
+
+    async def fence(self, victim: Victim) -> str:
+        log.info("%s is fenced through pacemaker", victim.name)
+        words = ["--fence", victim.name, "--timeout", f"{self._timeout_s:.0f}"]
+        outcome = await self._run(words, self._timeout_s + 10, "fence-failed")
+        if outcome.status == 0:
+            return f"pacemaker verified that {victim.name} is fenced"
+        raise Refused(
+            "fence-failed",
+            f"pacemaker did not fence {victim.name}: {self._failure(outcome)}",
+            policy=self.policy,
+            node=victim.name,
+        )
+
+    async def check(self, node: str) -> str:
+        """Which devices pacemaker would use, for this node or at all."""
+        words = ["--list", node] if node else ["--list-registered"]
+        outcome = await self._run(words, self._timeout_s, "fence-check-failed")
+        if outcome.status != 0:
+            raise Refused("fence-check-failed", f"pacemaker answers no question: {self._failure(outcome)}")
+        if "No devices" in outcome.last_words or "0 fence devices" in outcome.last_words:
+            whom = node or "any node"
+            raise Refused(
+                "fence-check-failed",
+                f"pacemaker has no device that fences {whom}: configure one (pcs stonith create)",
+            )
+        return f"pacemaker: {outcome.last_words or 'has a device'}"
+
+    async def _run(self, words: list[str], timeout_s: float, code: str) -> Outcome:
+        program = shutil.which(self._program, path=None if "/" in self._program else _SEARCH)
+        if program is None:
+            raise Refused(
+                code,
+                f'fence = "stonith" needs {self._program}, which is not installed: install pacemaker'
+                ' (package pacemaker-cli-utils), or choose fence = "agent"',
+                policy=self.policy,
+            )
+        return await run_program([program, *words], "", timeout_s)
+
+    def _failure(self, outcome: Outcome) -> str:
+        how = "no answer in time" if outcome.status is None else f"stonith_admin ended with {outcome.status}"
+        return f"{how}; {outcome.last_words}" if outcome.last_words else how
