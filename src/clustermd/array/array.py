@@ -540,6 +540,7 @@ class Array:
                 async with self._merging:
                     self._merges = False  # what is merged after the last look would be handed over by nobody
                 left |= not await self.sweep.clean()
+                left |= bool(await self.faults.recorded())  # its flush may be what finds a fault
                 if not self.coordinator.clustered and not state.clean:
                     await self.activity.mark(True)
             except (Refused, OSError) as error:

@@ -31,6 +31,7 @@ from clustermd.testing.simulator.flaws import flaw, patched
 
 _copy, _adopt, _reload, _end_sessions = Resync._copy, Metadata._adopt, Metadata.reload, Engine.end_sessions
 _grant_converting, _failed = Resource._grant_converting, Reader.failed
+_stop_in_order = Array._stop_in_order
 
 
 # --- undecided data and bad sectors -----------------------------------------------------------------------------
@@ -157,6 +158,20 @@ async def _stops_and_merges_on(self: Array) -> None:
     await ending
 
 
+async def _records_before_the_last_sweep_only(self: Array) -> None:
+    recorded = self.faults.recorded
+    said: list[int] = []
+
+    async def once() -> int:
+        if said:
+            return 0
+        said.append(await recorded())
+        return said[0]
+
+    with patched(((self.faults, "recorded", once),)):
+        await _stop_in_order(self)
+
+
 async def _sweeps_until_surprised(self: Array) -> None:
     state = self.state
     header = state.bitmap_header
@@ -255,6 +270,11 @@ FLAWS = (
         "dead-disk-keeps-it-out",
         "a node that comes back alone must read each member before it is known who else is there",
         (Metadata, "begin_anew", _begins_with_all_or_none),
+    ),
+    flaw(
+        "last-sweep-finds-a-fault",
+        "a fault that the last sweep before a stop finds is recorded nowhere",
+        (Array, "_stop_in_order", _records_before_the_last_sweep_only),
     ),
     flaw(
         "sweep-ends-silently",
