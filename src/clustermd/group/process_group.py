@@ -40,8 +40,9 @@ class View:
     `left` names those lost and not yet fenced again whenever somebody joined, since a newcomer never heard of them.
     A view that is not quorate means: nobody may act; nothing delivered until the next quorate view counts.
 
-    `majority` is 0 where the order is durable, so nobody's memory counts (`local`). Else it is that of all configured votes,
-    `votes` are those of `members`, and `unbroken` says that this node has had quorum all the time since its last view.
+    `majority` is 0 where the order is durable, so nobody's memory counts (`local`). Else it is that of all
+    configured votes, `votes` are those of `members`, and `unbroken` says that this node has had quorum all the
+    time since its last view.
     """
 
     ring: tuple[int, ...]

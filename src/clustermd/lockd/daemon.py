@@ -15,20 +15,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 from collections.abc import Callable
 from typing import Any
 
 from clustermd.clock import Clock, SystemClock, SystemRandom
+from clustermd.conf import Conf
+from clustermd.device.lease import UNBOUNDED_NS, LeaseFile
 from clustermd.dlm.replica import Replica
 from clustermd.errors import Refused
 from clustermd.group.daemon import run_daemon
 from clustermd.group.frames import Frame, FrameLink, bad_frame, serve_links, stop_serving
 from clustermd.group.liveness import Bounds, PeerWatch
 from clustermd.group.local import LocalGroup
+from clustermd.group.node_group import NodeGroup
 from clustermd.group.process import kill, start_time
 from clustermd.group.process_group import Member, View, Witness
 from clustermd.group.tasks import Tasks
+from clustermd.lockd.fence_actor import FenceActor
 from clustermd.lockd.protocol import PROTOCOL
 from clustermd.lockd.sessions import SessionState
 from clustermd.lockd.waits import Waits
@@ -42,11 +47,14 @@ log = logging.getLogger("clustermd.lockd")
 class Lockd:
     """The process's state: hears the group, is the shell of the replica, serves sessions."""
 
-    def __init__(self, rundir: RunDir, bounds: Bounds, clock: Clock, trace: Trace) -> None:
+    def __init__(self, rundir: RunDir, conf: Conf, bounds: Bounds, clock: Clock, trace: Trace) -> None:
         self._rundir = rundir
         self._bounds = bounds
         self._clock = clock
-        self._group = LocalGroup(rundir, bounds, clock, SystemRandom(), trace, self.must_restart)
+        self._fence_actor: FenceActor | None = None
+        self._group = self._make_group(conf, trace)
+        # on corosync the others wait for this node at every start, and nothing starts it by itself for them
+        self._linger_s = math.inf if conf.clustered else bounds.linger_s
         self._replica = Replica(self, trace)
         self._links: dict[FrameLink, SessionState | None] = {}
         self._sessions: dict[int, SessionState] = {}
@@ -56,6 +64,31 @@ class Lockd:
         self._waits = Waits()
         self._idle_s = 0.0
 
+    def _make_group(self, conf: Conf, trace: Trace) -> NodeGroup:
+        if not conf.clustered:
+            return LocalGroup(
+                self._rundir, self._bounds, self._clock, SystemRandom(), trace, self.must_restart
+            )
+        # on one machine none of this is wanted
+        from clustermd.group.corosync.group import CorosyncGroup
+        from clustermd.lockd.fencing.make import make_fencer
+
+        clock = self._clock
+        lease = LeaseFile.make(self._rundir.make() / "lease", lambda: int(clock.boottime_s() * 1e9))
+        actor = self._fence_actor = FenceActor(make_fencer(conf), self._clock, lambda: group)
+        group = CorosyncGroup(
+            self._rundir,
+            conf,
+            self._bounds,
+            self._clock,
+            SystemRandom(),
+            trace,
+            actor,
+            lambda until_s: _set_lease(lease, until_s),
+            self.must_restart,
+        )
+        return group
+
     async def run(self, stop: asyncio.Event, ready: Callable[[], None]) -> None:
         """Serve until nobody needs this node, or `stop` is set."""
         await self._group.connect()
@@ -64,14 +97,24 @@ class Lockd:
         self._group.join(self)
         log.info("node %d, incarnation %016x", self._group.me.node, self._group.me.incarnation)
         ready()
-        await self._tick_until(lambda: stop.is_set() or self._idle_s >= self._bounds.linger_s, stop)
+        await self._tick_until(lambda: stop.is_set() or self._idle_s >= self._linger_s, stop)
         stop_serving(server, self._rundir.lockd_socket)
         for link in list(self._links):
             link.fail("this node's lockd was told to end")
         await self._tick_until(lambda: not self._sessions, None)
         await self._group.leave()
 
-    # --- GroupEvents
+    # --- StatefulEvents
+
+    @property
+    def has_state(self) -> bool:
+        """As `StatefulEvents.has_state`."""
+        return self._replica.has_state
+
+    @property
+    def installed(self) -> bool:
+        """As `StatefulEvents.installed`."""
+        return self._replica.installed
 
     def on_view(self, view: View) -> None:
         log.info(
@@ -158,10 +201,22 @@ class Lockd:
                 self._welcome()
             case ["status"]:
                 self._tasks.spawn(self._tell_status(link))
+            case ["fence-ack", str(name)]:
+                self._vouch(link, name)
             case ["ping", int(number)]:
                 link.send("pong", number)
             case _:
                 raise bad_frame(f"a session says {frame[0]!r} before its welcome")
+
+    def _vouch(self, link: FrameLink, name: str) -> None:
+        words = f"an operator on {self._group.me.name} vouches that it is off"
+        try:
+            self._group.vouch(name, words)
+        except Refused as error:
+            link.send("refused", error.code, error.message, error.data)
+        else:
+            log.warning("%s: %s", name, words)
+            link.send("fence-acked", f"{name}: {words}")
 
     def _welcome(self) -> None:
         if not self._replica.installed:
@@ -312,7 +367,7 @@ class Lockd:
             "pid": os.getpid(),
             "installed": self._replica.installed,
             "suspended": self._suspended,
-            "group": await self._group.status(),
+            "group": await self._group.status() | self._fencing(),
             "replica": replica,
             "sessions": [
                 {
@@ -328,10 +383,25 @@ class Lockd:
             ],
         }
 
+    def _fencing(self) -> dict[str, Any]:
+        actor = self._fence_actor
+        if actor is None:
+            return {}
+        return {"fencing_here": actor.status(), "unsafe": actor.fencer.unsafe}
+
+
+def _set_lease(lease: LeaseFile, until_s: float) -> None:
+    if until_s:
+        lease.renew(UNBOUNDED_NS if math.isinf(until_s) else int(until_s * 1e9))
+    else:
+        lease.expire()
+
 
 def main() -> None:
     """Entry point of the process."""
     rundir = RunDir.from_environment()
     node_dir = rundir.make()
-    lockd = Lockd(rundir, Bounds.from_environment(), SystemClock(), Trace())
+    conf = Conf.load()
+    bounds = Bounds.from_environment()
+    lockd = Lockd(rundir, conf, bounds, SystemClock(), Trace())
     run_daemon(node_dir / "lockd.lock", lockd.run)
