@@ -148,12 +148,17 @@ class Array:
         return self.state.submitter.pool
 
     def submit(self, batch: list[Request]) -> None:
-        """Take a batch of client requests (see `request.Volume`)."""
+        """Take a batch of client requests (see `request.Volume`); EINVAL for one that is not whole blocks."""
+        odd = self.state.block_sectors * 512 - 1
         for request in batch:
             kind = request.kind
             if kind is Kind.FLUSH:
                 self._flush(request)
             elif not request.length_bytes:
+                request.owner.completed(request)
+            elif (request.offset_bytes | request.length_bytes) & odd:
+                # a member would refuse it, and be failed for that
+                request.error = errno.EINVAL
                 request.owner.completed(request)
             elif kind is Kind.READ:
                 self.reader.start(request)

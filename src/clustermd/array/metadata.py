@@ -311,8 +311,10 @@ class Metadata:
         return self.resync_position() if self.state.clean else 0
 
     async def _write_one(self, member: Member, superblock: Superblock) -> None:
+        content = superblock.to_bytes()
+        content += bytes(-len(content) % member.device.logical_block_bytes)
         at = superblock.super_offset * 512
-        writing = write_bytes(self.state.submitter, member.device, at, superblock.to_bytes(), fua=True)
+        writing = write_bytes(self.state.submitter, member.device, at, content, fua=True)
         await bounded(self.state, member, writing)
         self.state.trace.point("metadata.superblock", member=member.number, events=superblock.events)
 

@@ -95,6 +95,8 @@ class ArrayState:
         self.stopping = False
         self.writable: list[Member] = []
         self.in_sync: list[Member] = []
+        # the largest logical block of the writable members: what any of them can read and write
+        self.block_sectors = 1
         self.parked: list[Request] = []
         self.flushes: set[Overdue] = set()
         self.tasks: set[asyncio.Task[Any]] = set()
@@ -110,6 +112,7 @@ class ArrayState:
         with_role = sorted((m for m in self.members if m.writable), key=lambda member: member.role or 0)
         self.writable = with_role
         self.in_sync = [member for member in with_role if member.in_sync]
+        self.block_sectors = max((m.device.logical_block_bytes // 512 for m in with_role), default=1)
         self.degraded = self.raid_disks - len({member.role for member in self.in_sync})
 
     def missing_numbers(self) -> list[int]:
