@@ -103,3 +103,9 @@ async def flush(state: ArrayState, member: Member) -> int:
         return await bounded(state, member, state.submitter.run(member.device, Op.FLUSH, 0, 0))
     except OSError as error:
         return -(error.errno or errno.EIO)
+
+
+def halves(lo: int, hi: int, block: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """[lo, hi), longer than `block` sectors, as two ranges that meet on a whole number of blocks from `lo`."""
+    middle = lo + max(block, (hi - lo) // 2 // block * block)
+    return (lo, middle), (middle, hi)

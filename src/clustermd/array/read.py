@@ -150,8 +150,7 @@ class Reader:
         that can, as a resync will copy it. Another copy may differ in the blocks that the first one has (I17)."""
         state = self.state
         assert request.buffer is not None
-        blocks = [member.device.logical_block_bytes // 512 for member in state.writable]
-        step = max(blocks, default=1)
+        step = state.block_sectors
         for at in range(lo, hi, step):
             tried = 0
             while True:

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 
 from clustermd.array.coordinator import Coordinator
 from clustermd.array.member import Member
-from clustermd.array.member_io import Shared, transfer
+from clustermd.array.member_io import Shared, halves, transfer
 from clustermd.array.resync import announce, hold_range
 from clustermd.array.state import ArrayState
 from clustermd.device.member_device import Op
@@ -102,7 +102,7 @@ class Repair:
         """
         state = self.state
         length = (hi - lo) * 512
-        block = member.device.logical_block_bytes // 512
+        block = state.block_sectors
         shared = Shared(state.submitter.pool.take(length))
         try:
             result = await transfer(state, member, Op.READ, lo, length, shared)
@@ -117,9 +117,11 @@ class Repair:
                 return await self._copy(member, lo, hi, shared)
         finally:
             shared.drop()
-        middle = lo + max(block, (hi - lo) // 2 // block * block)
-        sectors = await self._mend(member, lo, middle)
-        return sectors if member.faulty else sectors + await self._mend(member, middle, hi)
+        sectors = 0
+        for half in halves(lo, hi, block):
+            if not member.faulty:
+                sectors += await self._mend(member, *half)
+        return sectors
 
     async def _copy(self, member: Member, lo: int, hi: int, shared: Shared) -> int:
         """Write another copy of [lo, hi) over that of `member`; the sectors written and read back."""

@@ -22,7 +22,7 @@ from contextlib import suppress
 
 from clustermd.array.coordinator import Coordinator
 from clustermd.array.member import Member
-from clustermd.array.member_io import Shared, flush, transfer
+from clustermd.array.member_io import Shared, flush, halves, transfer
 from clustermd.array.metadata import Metadata
 from clustermd.array.state import ArrayState
 from clustermd.array.status import SyncStatus
@@ -357,14 +357,13 @@ class Resync:
         a block that nobody delivers keeps its bit: it may be readable some day. A recovery is another matter, its
         target would answer.
         """
-        block = max(member.device.logical_block_bytes for member in self.state.writable) // 512
+        block = self.state.block_sectors
         try:
             await self._copy(lo, hi, first_only=hi - lo > block)
         except Unreadable as error:
             if hi - lo > block:
-                middle = lo + max(block, (hi - lo) // 2 // block * block)
-                await self._copy_around(lo, middle)
-                await self._copy_around(middle, hi)
+                for half in halves(lo, hi, block):
+                    await self._copy_around(*half)
                 return
             self.state.log.error("left as it is: %s", error)
             self._holes.add(lo // self.state.the_bitmap().chunk_sectors)
