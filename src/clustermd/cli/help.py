@@ -18,6 +18,7 @@ Usage: clustermd --create ARRAY options... DISK...     make a new array and star
        clustermd --query ARRAY|DISK...                 what something is
        clustermd --zero-superblock DISK...             take a disk out of its array for good
        clustermd locks [--json]                        who holds and awaits which lock, whole cluster
+       clustermd cluster setup|status|fence-ack|...    make a corosync cluster, see how it is, confirm a fencing
        clustermd trace FILE...                         judge what nodes recorded: which layer broke which rule
        clustermd simulate [--seeds A..B]               play simulated clusters through faults, judge every step
        clustermd demo                                  see it survive a crash, in two minutes

@@ -24,6 +24,7 @@ USAGE = 2
 INTERRUPTED = 130
 
 _VERBS = {
+    "cluster": "clustermd.cli.cluster",
     "demo": "clustermd.cli.demo",
     "locks": "clustermd.cli.locks",
     "simulate": "clustermd.cli.simulate",

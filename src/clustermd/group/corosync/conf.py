@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from clustermd.errors import Refused
 from clustermd.group.corosync.cmap import LINKS_MAX
 
+DIRECTORY = "/etc/corosync"
+"""Where corosync and its unit look for both files, on every node."""
+KEYFILE = f"{DIRECTORY}/authkey"
 KEY_BYTES = 256
 """Size of the authkey: 2048 bits, as corosync-keygen makes it."""
 FIRST_PORT = 5405
@@ -82,8 +85,8 @@ def parse_node(word: str) -> PlannedNode:
     return PlannedNode(name, tuple(addresses.split(",")))
 
 
-def conf_text(plan: Plan, keyfile: str) -> str:
-    """The file, the same for all nodes. `keyfile` is where each node keeps the authkey."""
+def conf_text(plan: Plan) -> str:
+    """The file, the same for all nodes."""
     quorum = (
         _TWO_NODE
         if plan.two_nodes
@@ -91,7 +94,7 @@ def conf_text(plan: Plan, keyfile: str) -> str:
     )
     return _TEXT.format(
         cluster=plan.cluster,
-        keyfile=keyfile,
+        keyfile=KEYFILE,
         token=plan.token_ms,
         coefficient=TOKEN_COEFFICIENT_MS,
         detection=f"{plan.detection_s:.1f}",
