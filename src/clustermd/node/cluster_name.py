@@ -1,8 +1,8 @@
 """The name of the cluster this node belongs to, which clustered arrays carry on disk (design 5).
 
-`CLUSTERMD_CLUSTER`, else `local-` and the first 12 digits of the machine's id: a cluster of one machine. An
-array of another cluster is refused unless its name is given by hand, so that disks that two clusters can see
-do not get written by both.
+With corosync it is corosync's (`totem.cluster_name`). On one machine it is `CLUSTERMD_CLUSTER`, else `local-`
+and the first 12 digits of the machine's id. An array of another cluster is refused unless its name is given by
+hand, so that disks that two clusters can see do not get written by both.
 """
 
 from __future__ import annotations
@@ -12,13 +12,26 @@ import re
 import socket
 from pathlib import Path
 
+from clustermd.conf import Conf
 from clustermd.errors import Refused
 
 NAME_MAX_BYTES = 64
 
 
-def own_cluster_name() -> str:
-    """The name. Raises Refused when the environment names one that does not fit on disk."""
+def own_cluster_name(conf: Conf | None = None) -> str:
+    """The name. Raises Refused when it does not fit on disk, CorosyncRefused when corosync cannot be asked."""
+    if (conf or Conf.load()).clustered:
+        # corosync's libraries are wanted only here
+        from clustermd.group.corosync.cmap import cluster_name
+
+        name = cluster_name()
+        if len(name.encode()) > NAME_MAX_BYTES:
+            raise Refused(
+                "bad-cluster-name",
+                f"corosync's cluster_name has {len(name.encode())} bytes, and an array has room for {NAME_MAX_BYTES}: "
+                "choose a shorter one in corosync.conf",
+            )
+        return name
     name = os.environ.get("CLUSTERMD_CLUSTER", "")
     if name:
         if len(name.encode()) > NAME_MAX_BYTES:

@@ -34,6 +34,7 @@ class LockdLink:
     """A `cluster.Link` over this node's lockd. Made by `connect_link`.
 
     `devices` are all that may be written; `shared()` are those that every node of the array has open.
+    `one_machine`: all nodes are here, so the kernel's locks tell whether they use the same disks.
     """
 
     def __init__(
@@ -43,7 +44,9 @@ class LockdLink:
         shared: Callable[[], list[DirectDevice]],
         submitter: Submitter,
         rundir: RunDir,
+        one_machine: bool,
     ) -> None:
+        self._one_machine = one_machine
         self._connection = connection
         self._rundir = rundir
         self._devices = devices
@@ -58,7 +61,8 @@ class LockdLink:
     async def join(self, name: str, events: LockspaceEvents, max_slots: int) -> Lockspace:
         lockspace = await self._connection.session.join(name, events, max_slots=max_slots)
         try:
-            await self._check_same_disks(lockspace)
+            if self._one_machine:
+                await self._check_same_disks(lockspace)
         except BaseException:
             await lockspace.leave()
             raise
@@ -134,6 +138,8 @@ async def connect_link(
     submitter: Submitter,
     notice: Callable[[str], None],
     trace: Trace,
+    *,
+    one_machine: bool,
 ) -> LockdLink:
     """Join this node's lockd, started if need be, and register the witness. Says what it waits for.
 
@@ -147,7 +153,7 @@ async def connect_link(
             if refusal.code != "group-not-ready":
                 raise
             notice(refusal.message)
-    link = LockdLink(connection, devices, shared, submitter, rundir)
+    link = LockdLink(connection, devices, shared, submitter, rundir, one_machine)
     try:
         await link.take_witness(array, notice)
     except BaseException:

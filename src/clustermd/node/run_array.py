@@ -91,7 +91,7 @@ async def start_array(config: ArrayConfig, rundir: RunDir, trace: Trace, notice:
         for out in assembly.left_out:
             log.warning("%s: %s is left out: %s", config.name, out.path, out.why)
             notice(f"{out.path} is left out: {out.why}")
-        _check_cluster(config, assembly)
+        _check_cluster(config, assembly, conf)
         coordinator: Coordinator = Alone()
         if assembly.clustered and not config.read_only:
             opened = [device for device in devices if device.fd >= 0]
@@ -101,7 +101,16 @@ async def start_array(config: ArrayConfig, rundir: RunDir, trace: Trace, notice:
                 return [device for device in opened if device.path in good]
 
             async def connect() -> LockdLink:
-                link = await connect_link(rundir, config.name, opened, shared, submitter, notice, trace)
+                link = await connect_link(
+                    rundir,
+                    config.name,
+                    opened,
+                    shared,
+                    submitter,
+                    notice,
+                    trace,
+                    one_machine=not conf.clustered,
+                )
                 if conf.clustered:
                     try:
                         submitter.gate.lease = LeaseFile.open(rundir.lease, _BOOTTIME_NS)
@@ -161,12 +170,12 @@ def _look(config: ArrayConfig) -> bool:
     return clustered
 
 
-def _check_cluster(config: ArrayConfig, assembly: Assembly) -> None:
+def _check_cluster(config: ArrayConfig, assembly: Assembly, conf: Conf) -> None:
     """Refuse an array of another cluster unless its name was given by hand (design 5)."""
     template = assembly.template
     if not assembly.clustered or template is None or config.read_only:
         return
-    own = config.cluster_name or own_cluster_name()
+    own = config.cluster_name or own_cluster_name(conf)
     if template.cluster_name != own:
         raise Refused(
             "other-cluster",
