@@ -178,8 +178,20 @@ class Node:
         self.network.signal_all(self.number, signal.SIGCONT)
         self.paused = False
 
+    def boot(self) -> None:
+        """Start corosync after `power_off`, with an empty /run, as after a boot. The kernel's boot_id stays
+        what it was.
+        """
+        for path in self.run_dir.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        (self.run_dir / "lock").mkdir()
+        self.start()
+
     def power_off(self) -> None:
-        """SIGKILL to every process of the node, corosync too."""
+        """SIGKILL to every process of the node, corosync too. Its /run can be read until it boots."""
         self.network.signal_all(self.number, signal.SIGKILL)
         self._ended()
 

@@ -9,6 +9,7 @@ name: what a killed test run left is removed by the next one.
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import os
 import re
@@ -43,6 +44,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin", "LC_ALL": "C"}
 
 
+@functools.cache
 def refused() -> str | None:
     """Why this machine gives us no network namespaces, or None when it does."""
     name = f"{_PREFIX}{os.getpid()}x0p"

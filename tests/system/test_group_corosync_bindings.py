@@ -1,4 +1,5 @@
-"""The corosync bindings against three real daemons: order, reasons, rings, quorum, back-pressure, loss, votes, keys.
+"""The corosync bindings against three real daemons: order, reasons, rings, quorum, back-pressure, loss,
+votes, keys.
 
 The connections are this process's own, one into each node's namespace, so (node, this process id) is a member.
 """
@@ -8,8 +9,9 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -362,6 +364,76 @@ def test_two_nodes_are_both_quorate_when_they_are_parted() -> None:
         cluster.network.cut(2)
         cluster.wait(1)
         cluster.wait(2)
+
+
+def test_a_cluster_without_votes_is_refused() -> None:
+    with corosync_cluster(1, start=False) as cluster:
+        node = cluster.node(1)
+        node.conf.write_text(node.conf.read_text().replace("provider: corosync_votequorum", ""))
+        node.start()
+        refused: list[str] = []
+
+        def look() -> bool:
+            try:
+                with node.inside():
+                    Quorum(lambda *_: None).close()
+            except CorosyncRefused as error:
+                refused.append(error.code)
+            return refused[-1:] not in ([], ["corosync-not-running"])
+
+        cluster.wait_until(look, "an answer about quorum")
+        assert refused[-1] == "corosync-no-quorum"
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """This process as an ordinary user, for a while."""
+    nobody, groups = 65534, os.getgroups()
+    os.setgroups([])
+    os.setresgid(nobody, nobody, 0)
+    os.setresuid(nobody, nobody, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+        os.setresgid(0, 0, 0)
+        os.setgroups(groups)
+
+
+def test_users_without_access_are_told_how_to_get_it(cluster: CorosyncCluster) -> None:
+    with cluster.node(1).inside(), as_nobody(), pytest.raises(CorosyncRefused) as refused:
+        cmap.nodelist()
+    assert refused.value.code == "corosync-no-access"
+    assert "/etc/corosync/uidgid.d" in refused.value.message
+
+
+def test_a_machine_is_paused_loses_power_and_boots(cluster: CorosyncCluster) -> None:
+    node = cluster.node(3)
+    beside = node.popen("sleep", "600")
+    node.pause_machine()
+    cluster.wait(1, 2)
+    node.resume_machine()
+    cluster.wait()
+    node.power_off()
+    assert beside.wait(10) == -signal.SIGKILL
+    assert cluster.network.pids(3) == []
+    cluster.wait(1, 2)
+    node.boot()
+    cluster.wait()
+
+
+def test_nothing_of_a_cluster_remains_after_a_failure_in_the_middle() -> None:
+    with pytest.raises(ZeroDivisionError), corosync_cluster(2) as cluster:  # noqa: PT012 (the middle is the point)
+        pids = [node.daemon.pid for node in cluster.nodes if node.daemon is not None]
+        left = cluster.node(2).popen("sleep", "600")
+        cluster.network.impair_from(1, loss=0.1)
+        cluster.node(1).pause()
+        1 / 0  # noqa: B018
+    assert len(pids) == 2
+    assert left.wait(0) == -signal.SIGKILL
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    assert not [path for pid in pids for path in Path("/dev/shm").glob(f"*{pid}*")]
+    assert cluster.leftovers() == []
 
 
 def test_a_side_of_a_split_switch_and_one_way_loss(cluster: CorosyncCluster) -> None:
