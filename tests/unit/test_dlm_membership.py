@@ -279,7 +279,7 @@ def test_bad_operations_are_answered_and_change_nothing() -> None:
     assert engine.request(A, 1, SPACE, b"x" * 65, 0, 0, False)[0] == EINVAL
     assert engine.request(A, 1, SPACE, b"x", 3, int(Flag.EXPEDITE), False)[0] == EINVAL
     assert engine.request(A, 1, SPACE, b"x", 3, int(Flag.QUECVT), False)[0] == EINVAL
-    assert engine.request(A, 1, SPACE, b"x", 3, int(Flag.PERSISTENT), False)[0] == EINVAL
+    assert engine.request(A, 1, SPACE, b"x", 3, 1 << 25, False)[0] == EINVAL, "a flag nobody knows"
     assert engine.convert(B, 1, lock, 3, 0, None)[0] == ENOENT, "somebody else's lock"
     assert engine.convert(A, 1, lock, 0, int(Flag.QUECVT), None)[0] == EINVAL, "NL to NL with QUECVT"
     assert engine.convert(A, 1, lock, 3, int(Flag.CONVDEADLK | Flag.NOQUEUE), None)[0] == EINVAL

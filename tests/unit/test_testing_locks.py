@@ -17,10 +17,12 @@ from typing import Any
 
 import pytest
 
-from clustermd.dlm import replica, resource
+from clustermd.dlm import deadlock, replica, resource
+from clustermd.dlm.deadlock import Waits
 from clustermd.dlm.effects import Bast
 from clustermd.dlm.engine import Engine
 from clustermd.dlm.modes import ECANCEL, EUNLOCK, Flag, Mode, StatusFlag
+from clustermd.dlm.orphans import Orphans
 from clustermd.dlm.replica import Replica
 from clustermd.dlm.resource import Lock, Resource
 from clustermd.dlm.shown import AT_ONCE, Shown
@@ -61,6 +63,28 @@ STORIES: dict[str, list[list[Any]]] = {
         ["send", 3, 0, "convert", 0, 2, 0, 1],
         ["settle"],
         ["send", 1, 0, "convert", 0, 1, 0, 1],
+        ["settle"],
+    ],
+    # each waits for the other, but one of them said that it goes on meanwhile
+    "a_patient_request_is_the_victim": [
+        ["begin", 2, 65536, True, 256],
+        ["send", 1, 0, "request", 0, 5, 0, False],
+        ["send", 2, 0, "request", 1, 5, 0, False],
+        ["settle"],
+        ["send", 1, 0, "request", 1, 5, 0, False],
+        ["settle"],
+        ["send", 2, 0, "request", 0, 5, 256, False],
+        ["settle"],
+    ],
+    # EX was left behind, PR is asked for
+    "an_orphan_is_given_away_in_another_mode": [
+        ["begin", 2, 65536, True],
+        ["send", 1, 0, "request", 0, 5, 128, False],
+        ["settle"],
+        ["closed", 1, 0],
+        ["client", 1],
+        ["settle"],
+        ["send", 1, 0, "adopt", 3, 3, 16384, False],
         ["settle"],
     ],
 }
@@ -260,9 +284,43 @@ def a_deadlock_is_not_seen(patch: Patch) -> None:
     patch.setattr(Resource, "_deadlocked", lambda self, lock: False)
 
 
-@plants("conversion-deadlock")
+@plants("conversion-deadlock deadlock")
 def a_deadlock_is_seen_where_none_is(patch: Patch) -> None:
     patch.setattr(Resource, "_deadlocked", lambda self, lock: not lock.fl & Flag.CONVDEADLK)
+
+
+@plants("deadlock")
+def a_circle_is_not_seen(patch: Patch) -> None:
+    patch.setattr(Waits, "close_a_circle", lambda self, lock: False)
+
+
+@plants("deadlock")
+def a_circle_is_seen_where_none_is(patch: Patch) -> None:
+    patch.setattr(Waits, "close_a_circle", lambda self, lock: not lock.fl & Flag.NODLCKWT)
+
+
+@plants("deadlock")
+def a_patient_request_is_the_victim(patch: Patch) -> None:
+    patch.setattr(deadlock, "NODLCKWT", 0)
+
+
+@plants("orphan")
+def an_orphan_is_given_away_in_another_mode(patch: Patch) -> None:
+    really = Orphans.find
+
+    def find(self: Orphans, owner: Any, name: bytes, mode: int) -> Any:
+        found = (really(self, owner, name, other) for other in Mode)
+        return next(
+            (orphan for orphan in found if not isinstance(orphan, int)), really(self, owner, name, mode)
+        )
+
+    patch.setattr(Orphans, "find", find)
+
+
+@plants("orphan")
+def a_purge_forgets_the_process(patch: Patch) -> None:
+    really = Orphans.of_process
+    patch.setattr(Orphans, "of_process", lambda self, owners, pid: really(self, owners, pid)[1:])
 
 
 @plants("completion-twice")
@@ -317,9 +375,10 @@ def a_new_holder_is_not_told_of_those_behind(patch: Patch) -> None:
     really = Resource.pend
 
     def pend(self: Resource) -> None:
-        really(self)
         out = self.callbacks.out
-        out[:] = [effect for effect in out if not isinstance(effect, Bast)]
+        place = len(out)
+        really(self)
+        out[place:] = [effect for effect in out[place:] if not isinstance(effect, Bast)]
 
     patch.setattr(Resource, "pend", pend)
 
@@ -364,10 +423,10 @@ def a_write_that_is_not_counted(patch: Patch) -> None:
 def a_reader_writes(patch: Patch) -> None:
     really = Resource.unlock
 
-    def unlock(self: Resource, lock: Lock, op: int, flags: int, lvb: bytes | None) -> None:
+    def unlock(self: Resource, lock: Lock, op: int, flags: int) -> None:
         if lock.gr == Mode.PR and lock.lvb is not None:
             self._write_lvb(lock)
-        really(self, lock, op, flags, lvb)
+        really(self, lock, op, flags)
 
     patch.setattr(Resource, "unlock", unlock)
 
@@ -375,7 +434,7 @@ def a_reader_writes(patch: Patch) -> None:
 @plants("value-mark")
 def a_writer_dies_and_the_value_stays_valid(patch: Patch) -> None:
     really = Engine._purge
-    patch.setattr(Engine, "_purge", lambda self, space, gone, _: really(self, space, gone, False))
+    patch.setattr(Engine, "_purge", lambda self, space, gone, _, left: really(self, space, gone, False, left))
 
 
 @plants("completion-lost")

@@ -14,10 +14,13 @@ How a session ends decides what happens to its locks (dlm.md 3.4, 6.4):
     end, with proof      it is dead and its I/O has drained: locks purged, value blocks it may have left half
                          done marked invalid, waiters granted, survivors told which slot to take over
 
+Except for a lost one, locks that were requested with PERSISTENT stay in all these cases, as orphans (`orphans`).
+
 Survivors hear recover_prep, recover_slot for each failed member, then recover_done (md-cluster spec 4.1);
 the grants that a purge causes come between the last slot and done.
 
-Rules 1.3 to 1.8 and 2 of dlm.md are `resource.py`, slots are `space.py`; invalid arguments are refused here.
+Rules 1.4 to 1.8 and 2 of dlm.md are `resource`, waits over several resources are `deadlock`, slots are `space`. Invalid
+arguments are refused here (dlm.md 1.3): a flag that says nothing about the operation is no reason, just as for Linux.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from clustermd.dlm.deadlock import Waits
 from clustermd.dlm.effects import (
     Answer,
     Effect,
@@ -36,21 +40,22 @@ from clustermd.dlm.effects import (
     Refusal,
     SessionKey,
 )
-from clustermd.dlm.modes import EINVAL, ENOENT, EUNLOCK, Flag, Mode
-from clustermd.dlm.resource import NL, PW, VALBLK, Callbacks, Lock, Resource
+from clustermd.dlm.lock import EX, IV, NL, PW, VALBLK, Callbacks
+from clustermd.dlm.modes import ECANCEL, EDEADLK, EINVAL, ENOENT, ETIMEDOUT, EUNLOCK, Flag, SpaceFlag
+from clustermd.dlm.orphans import owner_of
+from clustermd.dlm.resource import Lock, Resource
 from clustermd.dlm.space import Joiner, Seat, SeatState, Space
 
 NAME_BYTES_MAX = 64
 
-_REQUEST_FLAGS = int(
-    Flag.NOQUEUE | Flag.VALBLK | Flag.EXPEDITE | Flag.NOQUEUEBAST | Flag.HEADQUE | Flag.NOORDER | Flag.ALTPR
-    | Flag.ALTCW | Flag.IVVALBLK | Flag.NODLCKWT
-)  # fmt: skip
-_CONVERT_FLAGS = int(
-    Flag.CONVERT | Flag.NOQUEUE | Flag.VALBLK | Flag.QUECVT | Flag.IVVALBLK | Flag.CONVDEADLK | Flag.NODLCKWT
-    | Flag.NOQUEUEBAST | Flag.HEADQUE | Flag.NOORDER | Flag.ALTPR | Flag.ALTCW
-)  # fmt: skip
-_UNLOCK_FLAGS = int(Flag.VALBLK | Flag.IVVALBLK | Flag.FORCEUNLOCK)
+_ALL = int(~Flag.NONE)
+_NOT_FOR_REQUEST = ~_ALL | int(Flag.CANCEL | Flag.CONVERT | Flag.QUECVT | Flag.CONVDEADLK)
+_NOT_FOR_CONVERT = ~_ALL | int(Flag.CANCEL | Flag.EXPEDITE)
+_NOT_FOR_UNLOCK = ~int(Flag.CANCEL | Flag.VALBLK | Flag.IVVALBLK | Flag.FORCEUNLOCK)
+_CANCEL_STATUSES = (ECANCEL, EDEADLK, ETIMEDOUT)
+_CONVERT, _CANCEL, _FORCEUNLOCK = int(Flag.CONVERT), int(Flag.CANCEL), int(Flag.FORCEUNLOCK)
+_EXPEDITE, _NOQUEUE, _ORPHAN = int(Flag.EXPEDITE), int(Flag.NOQUEUE), int(Flag.ORPHAN)
+_PERSISTENT, _QUECVT, _CONVDEADLK = int(Flag.PERSISTENT), int(Flag.QUECVT), int(Flag.CONVDEADLK)
 _QUECVT_PAIRS = frozenset(
     (a, b)
     for a, row in {0: (1, 2, 3, 4, 5), 1: (2, 4, 3, 5), 2: (3, 4, 5), 3: (2, 4, 5), 4: (5,)}.items()
@@ -87,6 +92,7 @@ class Engine:
         self.locks: dict[int, Place] = {}
         self.next_lock = 1
         self.callbacks = Callbacks()
+        self.waits = Waits()
 
     def take_effects(self) -> list[Effect]:
         """The effects since the last call, in the order in which they were generated."""
@@ -138,21 +144,35 @@ class Engine:
         must recover, however clean its end: only `leave`, or a node that leaves, says that there is nothing.
         """
         ended = frozenset(key for key in keys if key in self.sessions)
-        for key in ended:
-            del self.sessions[key]
+        states = {key: self.sessions.pop(key) for key in ended}
+        leave_orphans = {} if node_died or node_left else states
         for name in sorted(self.spaces):
             space = self.spaces[name]
             space.joiners = [joiner for joiner in space.joiners if joiner.session not in ended]
-            self._depart(space, ended, failed=not node_left, always_invalid=not clean and not node_died)
+            invalid = not clean and not node_died
+            self._depart(
+                space, ended, failed=not node_left, always_invalid=invalid, leave_orphans=leave_orphans
+            )
 
     # ---- membership of a lockspace
 
-    def join(self, key: SessionKey, op: int, name: str, lvb_bytes: int, max_slots: int) -> None:
-        """Enter a lockspace; completes with the session's first RecoverDone, or a Refusal."""
+    def join(
+        self, key: SessionKey, op: int, name: str, lvb_bytes: int, max_slots: int, flags: int = 0
+    ) -> None:
+        """Enter a lockspace (`flags`: SpaceFlag); completes with the session's first RecoverDone, or a Refusal."""
         space = self.spaces.get(name)
+        deadlocks = bool(flags & SpaceFlag.DEADLOCKS)
         if space is None:
-            space = self.spaces[name] = Space(name, lvb_bytes)
-        if space.member(key) or space.joiner(key):
+            space = self.spaces[name] = Space(name, lvb_bytes, self.waits if deadlocks else None)
+        if flags & SpaceFlag.NEWEXCL and any(seat.session[:2] == key[:2] for seat in space.members()):
+            self._refuse(
+                key,
+                op,
+                "exists",
+                f"this node is in lockspace {name} already, and it was to be new",
+                space=name,
+            )
+        elif space.member(key) or space.joiner(key):
             self._refuse(
                 key, op, "already-joined", f"this session is in lockspace {name} already", space=name
             )
@@ -165,12 +185,22 @@ class Engine:
                 "all its members must agree",
                 space=name,
             )
+        elif (space.waits is not None) != deadlocks:
+            does = "looks for deadlocks" if space.waits is not None else "does not look for deadlocks"
+            self._refuse(
+                key,
+                op,
+                "deadlock-detection",
+                f"lockspace {name} {does} over several locks, this session asks for the other: "
+                "all its members must agree",
+                space=name,
+            )
         else:
             space.joiners.append(Joiner(key, op, max_slots))
             self._settle(space)
 
     def leave(self, key: SessionKey, name: str) -> int:
-        """Release a lockspace: all locks are freed (EUNLOCK), the members get no recover_slot."""
+        """Release a lockspace: its locks are freed (EUNLOCK) or become orphans, the members get no recover_slot."""
         space = self.spaces.get(name)
         if space is None or not (space.member(key) or space.joiner(key)):
             return ENOENT
@@ -178,7 +208,8 @@ class Engine:
         if joiner is not None:
             space.joiners.remove(joiner)
             self._refuse(key, joiner.op, "left", f"the session gave up joining lockspace {name}", space=name)
-        self._depart(space, frozenset((key,)), failed=False, always_invalid=False)
+        states = {key: self.sessions[key]}
+        self._depart(space, frozenset(states), failed=False, always_invalid=False, leave_orphans=states)
         return 0
 
     def recovered(self, key: SessionKey, name: str, slot: int, generation: int) -> int:
@@ -200,79 +231,112 @@ class Engine:
     def request(
         self, key: SessionKey, op: int, space_name: str, name: bytes, mode: int, flags: int, wants_bast: bool
     ) -> tuple[int, int]:
-        """A new lock. Returns (rc, lock id); the completion is a Cast."""
+        """A new lock. Returns (rc, lock id); the completion is a Cast. With ORPHAN it is an old one (`orphans`)."""
         space = self.spaces.get(space_name)
         if space is None or not space.member(key):
             return ENOENT, 0
-        if not NL <= mode <= Mode.EX or flags & ~_REQUEST_FLAGS or not 1 <= len(name) <= NAME_BYTES_MAX:
+        if not NL <= mode <= EX or flags & _NOT_FOR_REQUEST or not 1 <= len(name) <= NAME_BYTES_MAX:
             return EINVAL, 0
-        if flags & Flag.EXPEDITE and (flags & Flag.NOQUEUE or mode != NL):
+        if flags & _EXPEDITE and (flags & _NOQUEUE or mode != NL):
             return EINVAL, 0
         self.callbacks.begin()
-        lock = Lock(
-            id=self.next_lock,
-            session=key,
-            op=op,
-            rq=mode,
-            fl=flags,
-            wants_bast=wants_bast,
-            lvb=bytes(space.lvb_bytes) if flags & VALBLK else None,
-        )
+        if flags & _ORPHAN:
+            return self._adopt(space, key, op, name, mode, flags, wants_bast)
+        number = self.next_lock
         self.next_lock += 1
+        lvb = bytes(space.lvb_bytes) if flags & VALBLK else None
+        lock = Lock(number, key, op, mode, flags, wants_bast, lvb)
+        if flags & _PERSISTENT:
+            lock.persistent = True
         resource = space.resource(name, self.callbacks)
-        self.locks[lock.id] = Place(space, resource, lock)
-        self.callbacks.out.append(Answer(key, op, 0, lock.id))
+        self.locks[number] = Place(space, resource, lock)
+        self.callbacks.out.append(Answer(key, op, 0, number))
         if not resource.request(lock):
             self._forget(resource, lock)
             space.forget_if_empty(resource)
-        return 0, lock.id
+        return 0, number
 
     def convert(
         self, key: SessionKey, op: int, lock_id: int, mode: int, flags: int, lvb: bytes | None
     ) -> tuple[int, int]:
-        """Change the mode of a granted lock; `lvb` is the caller's buffer as it is now."""
+        """Change the mode of a granted lock; `lvb` is the caller's buffer as it is now.
+
+        The buffer is his memory: it exists from the first VALBLK on, and keeps what he wrote even if the call fails.
+        """
         place = self._own(key, lock_id)
         if place is None:
             return ENOENT, lock_id
         lock, lvb_bytes = place.lock, place.space.lvb_bytes
-        flags |= int(Flag.CONVERT)
-        if not NL <= mode <= Mode.EX or flags & ~_CONVERT_FLAGS:
-            return EINVAL, lock_id
-        if (flags & Flag.CONVDEADLK and flags & Flag.NOQUEUE) or (lvb is not None and len(lvb) != lvb_bytes):
-            return EINVAL, lock_id
-        if flags & Flag.QUECVT and (lock.gr, mode) not in _QUECVT_PAIRS and lock in place.resource.granted:
+        if lvb is not None and len(lvb) != lvb_bytes:
             return EINVAL, lock_id
         if flags & VALBLK and lock.lvb is None:
             lock.lvb = bytes(lvb_bytes)
+        if lvb is not None and lock.lvb is not None:
+            lock.lvb = lvb
+        if not NL <= mode <= EX or flags & _NOT_FOR_CONVERT or (flags & _CONVDEADLK and flags & _NOQUEUE):
+            return EINVAL, lock_id
+        if flags & _QUECVT and (lock.gr, mode) not in _QUECVT_PAIRS and lock in place.resource.granted:
+            return EINVAL, lock_id
         self.callbacks.begin()
-        rc = place.resource.convert(lock, op, mode, flags, lvb if lock.lvb is not None else None)
+        rc = place.resource.convert(lock, op, mode, flags | _CONVERT)
+        if flags & _PERSISTENT and rc == 0:
+            lock.persistent = True
         return rc, lock_id
 
     def unlock(
         self, key: SessionKey, op: int, lock_id: int, flags: int, lvb: bytes | None
     ) -> tuple[int, int]:
-        """Free a lock in whatever state it is; the completion is EUNLOCK."""
+        """Free a lock in whatever state it is; the completion is EUNLOCK. With CANCEL it is `cancel`."""
         place = self._own(key, lock_id)
         if place is None:
             return ENOENT, lock_id
-        if flags & ~_UNLOCK_FLAGS or (lvb is not None and len(lvb) != place.space.lvb_bytes):
+        lock = place.lock
+        if lvb is not None:
+            if len(lvb) != place.space.lvb_bytes:
+                return EINVAL, lock_id
+            if lock.lvb is not None:
+                lock.lvb = lvb
+        if flags & _NOT_FOR_UNLOCK or (flags & _CANCEL and flags & _FORCEUNLOCK):
             return EINVAL, lock_id
+        if flags & _CANCEL:
+            return self._cancel(place, ECANCEL)
         self.callbacks.begin()
         del self.locks[lock_id]
-        place.resource.unlock(place.lock, op, flags, lvb)
+        place.resource.unlock(lock, op, flags)
         place.space.forget_if_empty(place.resource)
         return 0, lock_id
 
-    def cancel(self, key: SessionKey, lock_id: int) -> tuple[int, int]:
-        """Cancel what is pending on a lock: ECANCEL is cast for it, or nothing if a grant was faster."""
+    def cancel(self, key: SessionKey, lock_id: int, status: int = ECANCEL) -> tuple[int, int]:
+        """Cancel what is pending on a lock: `status` is cast for it, or nothing if a grant was faster.
+
+        `status` says why: ECANCEL, EDEADLK (the deadlock cancel of dlm.md 1.6), ETIMEDOUT (the caller's time is up).
+        """
         place = self._own(key, lock_id)
         if place is None:
             return ENOENT, lock_id
-        self.callbacks.begin()
-        if not place.resource.cancel(place.lock):
-            del self.locks[lock_id]
-            place.space.forget_if_empty(place.resource)
-        return 0, lock_id
+        if status not in _CANCEL_STATUSES:
+            return EINVAL, lock_id
+        return self._cancel(place, status)
+
+    def purge(self, key: SessionKey, space_name: str, node: int, pid: int) -> int:
+        """Free the orphans that process `pid` (0: any) of living node `node` (0: the caller's) left in a lockspace."""
+        space = self.spaces.get(space_name)
+        if space is None or not space.member(key):
+            return ENOENT
+        node = node or key[0]
+        owners = [owner for owner in self.sessions if owner == owner_of(owner) and owner[0] == node]
+        touched: dict[bytes, Resource] = {}
+        for orphan in space.orphans.of_process(filter(self.alive, owners), pid):
+            resource = touched[orphan.resource.name] = orphan.resource
+            if orphan.lock.gr >= PW:
+                resource.invalid = True
+            self._forget(resource, orphan.lock)
+        for resource in touched.values():
+            self.callbacks.begin()
+            resource.pend()
+            space.forget_if_empty(resource)
+        self._settle_owners(owners)
+        return 0
 
     # ---- inside
 
@@ -280,15 +344,65 @@ class Engine:
         place = self.locks.get(lock_id)
         return place if place is not None and place.lock.session == key else None
 
+    def _cancel(self, place: Place, status: int) -> tuple[int, int]:
+        self.callbacks.begin()
+        if not place.resource.cancel(place.lock, status):
+            del self.locks[place.lock.id]
+            place.space.forget_if_empty(place.resource)
+        return 0, place.lock.id
+
     def _forget(self, resource: Resource, lock: Lock) -> None:
         resource.drop(lock)
-        del self.locks[lock.id]
+        self.locks.pop(lock.id).space.orphans.forget(lock.id)
+
+    def _leave_orphan(self, space: Space, resource: Resource, lock: Lock, left_by: SessionState) -> None:
+        if lock in resource.converting:
+            resource.revert(lock)
+            if left_by.key in self.sessions:  # it leaves the lockspace only
+                resource.end(lock, ECANCEL)
+        owner = owner_of(left_by.key)
+        if owner not in self.sessions:
+            self.sessions[owner] = SessionState(owner, left_by.name, "orphans", 0)
+        space.orphans.leave_behind(resource, lock, left_by.pid)
+
+    def _adopt(
+        self, space: Space, key: SessionKey, op: int, name: bytes, mode: int, flags: int, wants_bast: bool
+    ) -> tuple[int, int]:
+        owner = owner_of(key)
+        orphan = space.orphans.find(owner, name, mode)
+        if isinstance(orphan, int):
+            return orphan, 0
+        lock = orphan.lock
+        space.orphans.forget(lock.id)
+        lock.session, lock.op, lock.fl, lock.wants_bast = key, op, flags, wants_bast
+        lock.persistent = bool(flags & _PERSISTENT)
+        if flags & VALBLK and lock.lvb is None:
+            lock.lvb = bytes(space.lvb_bytes)
+        orphan.resource.adopt(lock)
+        self._settle_owners((owner,))
+        return 0, lock.id
+
+    def _settle_owners(self, owners: Iterable[SessionKey]) -> None:
+        """A node's own session is there only as long as it has orphans."""
+        for owner in owners:
+            if not any(
+                orphan.lock.session == owner
+                for space in self.spaces.values()
+                for orphan in space.orphans.by_id.values()
+            ):
+                del self.sessions[owner]
 
     def _refuse(self, key: SessionKey, op: int, code: str, message: str, **data: Any) -> None:
         self.callbacks.out.append(Refusal(key, op, code, message, data))
 
     def _depart(
-        self, space: Space, gone: frozenset[SessionKey], *, failed: bool, always_invalid: bool
+        self,
+        space: Space,
+        gone: frozenset[SessionKey],
+        *,
+        failed: bool,
+        always_invalid: bool,
+        leave_orphans: dict[SessionKey, SessionState],
     ) -> None:
         """Sessions leave a lockspace for good: recovery of those who stay, purge, then the joiners' turn."""
         out = self.callbacks.out
@@ -315,7 +429,7 @@ class Engine:
                     if survivor.session not in seat.told:
                         seat.told.append(survivor.session)
                         out.append(RecoverSlot(survivor.session, space.name, seat.slot, seat.node, seat.name))
-        self._purge(space, gone, always_invalid)
+        self._purge(space, gone, always_invalid, leave_orphans)
         if leavers:
             self._announce(space)
         if not space.in_state(SeatState.MEMBER, SeatState.ZOMBIE):
@@ -323,11 +437,23 @@ class Engine:
             space.seats.clear()
         self._settle(space)
 
-    def _purge(self, space: Space, gone: frozenset[SessionKey], always_invalid: bool) -> None:
-        """Remove all locks of `gone`, mark value blocks, then re-evaluate; resources in name order (dlm.md 6.4)."""
+    def _purge(
+        self,
+        space: Space,
+        gone: frozenset[SessionKey],
+        always_invalid: bool,
+        leave_orphans: dict[SessionKey, SessionState],
+    ) -> None:
+        """Remove the locks of `gone` or make them orphans, mark value blocks, then re-evaluate (dlm.md 6.4).
+
+        Resources come in the order of their names.
+        """
         touched = space.locks_by_resource(gone)
         for resource, locks in touched:
             for lock in locks:
+                if lock.persistent and lock.gr != IV and (left_by := leave_orphans.get(lock.session)):
+                    self._leave_orphan(space, resource, lock, left_by)
+                    continue
                 if lock in resource.granted:
                     lock.op = 0  # nothing of it is pending
                 if lock.gr >= PW and (always_invalid or lock.fl & VALBLK):

@@ -1,4 +1,8 @@
-"""Lock modes, flags and statuses of the DLM, with their numbers (dlm.md 1.1, 1.3, 1.7)."""
+"""Lock modes, flags and statuses of the DLM, with their numbers (dlm.md 1.1, 1.3, 1.7).
+
+Three flags act outside the engine or not at all: TIMEOUT is accepted and means nothing, since the engine knows no time
+(`dlm.session` cancels with ETIMEDOUT); CANCEL belongs to unlock; CONVERT says by which call a lock operation came.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +39,15 @@ class Flag(enum.IntFlag):
     ALTPR = 0x8000
     ALTCW = 0x10000
     FORCEUNLOCK = 0x20000
+    TIMEOUT = 0x40000
+
+
+class SpaceFlag(enum.IntFlag):
+    """How a lockspace is joined. NEWEXCL is Linux's (dlm.md 1.7); DEADLOCKS is ours: `dlm.deadlock`."""
+
+    NONE = 0
+    NEWEXCL = 0x8
+    DEADLOCKS = 0x100
 
 
 class StatusFlag(enum.IntFlag):
@@ -51,6 +64,7 @@ EBUSY = -16
 EINVAL = -22
 ENOENT = -2
 EDEADLK = -35
+ETIMEDOUT = -110
 ECANCEL = -0x10001
 EUNLOCK = -0x10002
 

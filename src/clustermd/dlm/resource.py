@@ -11,7 +11,8 @@ every waiting request; requests are granted strictly from the head of the waitin
 EXPEDITE are the only ways around.
 
 Two converters that each block the other can never both be granted; the newcomer is told (EDEADLK),
-demoted to NL (CONVDEADLK) or queued and blasted (NODLCKWT): dlm.md 1.6.
+demoted to NL (CONVDEADLK) or queued and blasted (NODLCKWT): dlm.md 1.6. Circles over several resources are found
+where the lockspace asks for it (`deadlock`): then `waits` knows every lock in a queue.
 
 The value block moves when a lock's mode changes, in the direction that `LVB_DIRECTION` gives (dlm.md 2.2).
 A mark says that its last writer died; only the next write clears it.
@@ -22,96 +23,57 @@ same order. Effects are appended to the list that the engine handed in.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from clustermd.dlm.effects import Bast, Cast, Effect, SessionKey
-from clustermd.dlm.modes import COMPATIBLE, EAGAIN, EBUSY, ECANCEL, EDEADLK, EUNLOCK, Flag, Mode, StatusFlag
-
-IV, NL, CW, PR, PW, EX = (int(mode) for mode in (Mode.IV, Mode.NL, Mode.CW, Mode.PR, Mode.PW, Mode.EX))
-
-NOQUEUE = int(Flag.NOQUEUE)
-VALBLK = int(Flag.VALBLK)
-QUECVT = int(Flag.QUECVT)
-IVVALBLK = int(Flag.IVVALBLK)
-CONVDEADLK = int(Flag.CONVDEADLK)
-NODLCKWT = int(Flag.NODLCKWT)
-EXPEDITE = int(Flag.EXPEDITE)
-NOQUEUEBAST = int(Flag.NOQUEUEBAST)
-HEADQUE = int(Flag.HEADQUE)
-NOORDER = int(Flag.NOORDER)
-ALTPR = int(Flag.ALTPR)
-ALTCW = int(Flag.ALTCW)
-
-DEMOTED = int(StatusFlag.DEMOTED)
-VALNOTVALID = int(StatusFlag.VALNOTVALID)
-ALTMODE = int(StatusFlag.ALTMODE)
-
-LVB_DIRECTION = {
-    #   to: NL CR CW PR PW EX       r: resource to caller, w: caller to resource, .: nothing (dlm.md 2.2)
-    -1: "rrrrrr",
-    0: "rrrrrr",
-    1: ".rrrrr",
-    2: "..rrrr",
-    3: "...rrr",
-    4: "wwwwwr",
-    5: "wwwwww",
-}
-
-
-def is_down_conversion(granted: int, requested: int) -> bool:
-    """Whether `requested` needs nothing that `granted` does not give already (dlm.md 1.1)."""
-    return requested < granted and {granted, requested} != {CW, PR}
-
-
-@dataclass(slots=True, eq=False)
-class Lock:
-    """One lock. `gr` and `rq` are the granted and the requested mode, `fl` the last lock operation's flags.
-
-    `op` is the owner's number for the operation whose completion comes next. `highbast` is the strongest
-    mode blasted since the last grant, `cast_mode` what the last completion said is granted: a bast that is
-    compatible with it would say nothing new.
-    """
-
-    id: int
-    session: SessionKey
-    op: int
-    rq: int
-    fl: int
-    wants_bast: bool
-    lvb: bytes | None
-    gr: int = IV
-    sb: int = 0
-    lvb_seq: int = 0
-    highbast: int = 0
-    cast_mode: int = IV
-
-
-class Callbacks:
-    """Where resources put their effects: one ordered list for all, and the basts of the input being applied.
-
-    Two basts on one lock caused by the same input say no more than the stronger one; basts of different inputs
-    are not compared, as the recorded kernel does for callbacks that were read (dlm.md 1.8).
-    """
-
-    __slots__ = ("basts", "out")
-
-    def __init__(self) -> None:
-        self.out: list[Effect] = []
-        self.basts: dict[int, int] = {}
-
-    def begin(self) -> None:
-        """The next input starts."""
-        self.basts.clear()
+from clustermd.dlm.deadlock import Waits
+from clustermd.dlm.effects import Bast, Cast
+from clustermd.dlm.lock import (
+    ALTCW,
+    ALTMODE,
+    ALTPR,
+    CONVDEADLK,
+    CW,
+    DEMOTED,
+    EX,
+    EXPEDITE,
+    HEADQUE,
+    IV,
+    IVVALBLK,
+    LVB_DIRECTION,
+    NL,
+    NODLCKWT,
+    NOORDER,
+    NOQUEUE,
+    NOQUEUEBAST,
+    PR,
+    PW,
+    QUECVT,
+    VALBLK,
+    VALNOTVALID,
+    Callbacks,
+    is_down_conversion,
+)
+from clustermd.dlm.lock import Lock as Lock
+from clustermd.dlm.modes import COMPATIBLE, EAGAIN, EBUSY, ECANCEL, EDEADLK, EUNLOCK
 
 
 class Resource:
     """The queues and the value block of one name. `lvb` is None until first written."""
 
-    __slots__ = ("callbacks", "converting", "granted", "invalid", "lvb", "lvb_seq", "name", "waiting")
+    __slots__ = (
+        "callbacks",
+        "converting",
+        "granted",
+        "invalid",
+        "lvb",
+        "lvb_seq",
+        "name",
+        "waiting",
+        "waits",
+    )
 
-    def __init__(self, name: bytes, callbacks: Callbacks) -> None:
+    def __init__(self, name: bytes, callbacks: Callbacks, waits: Waits | None = None) -> None:
         self.name = name
         self.callbacks = callbacks
+        self.waits = waits
         self.granted: list[Lock] = []
         self.converting: list[Lock] = []
         self.waiting: list[Lock] = []
@@ -126,7 +88,7 @@ class Resource:
     # ---- the four operations (dlm.md 1.5); arguments were checked by the engine
 
     def request(self, lock: Lock) -> bool:
-        """A new lock. Returns False if it could not be queued: EAGAIN is cast and the lock is gone."""
+        """A new lock. Returns False if it is gone: EAGAIN or EDEADLK is cast instead of queueing it."""
         if self._try_grant(lock, now=True) is _GRANTED:
             self._grant(lock)
             return True
@@ -135,17 +97,16 @@ class Resource:
             self._bast_blockers_of_noqueue(lock)
             return False
         self._enqueue(self.waiting, lock)
+        if self.waits is not None and self.waits.close_a_circle(lock):
+            self.drop(lock)
+            self._cast(lock, EDEADLK)
+            return False
         self._bast_blockers(lock, self.granted)
         return True
 
-    def convert(self, lock: Lock, op: int, mode: int, flags: int, lvb: bytes | None) -> int:
-        """Change the mode of a granted lock. Returns 0, or EBUSY if an operation of it is pending.
-
-        `lvb` is the caller's buffer as it is now. It is his memory: what he wrote there stays even if the call fails.
-        """
-        if lvb is not None:
-            lock.lvb = lvb
-        if not _holds(self.granted, lock):
+    def convert(self, lock: Lock, op: int, mode: int, flags: int) -> int:
+        """Change the mode of a granted lock. Returns 0, or EBUSY if an operation of it is pending."""
+        if lock not in self.granted:
             return EBUSY
         lock.op = op
         lock.fl = flags
@@ -165,15 +126,20 @@ class Resource:
             self._cast(lock, EAGAIN)
             self._bast_blockers_of_noqueue(lock)
         else:
-            _remove(self.granted, lock)
+            place = self.granted.index(lock)
+            del self.granted[place]
             self._enqueue(self.converting, lock)
-            self._bast_blockers(lock, self.granted)
+            if self.waits is not None and self.waits.close_a_circle(lock):
+                self.drop(lock)
+                self.granted.insert(place, lock)
+                lock.rq = IV
+                self._cast(lock, EDEADLK)
+            else:
+                self._bast_blockers(lock, self.granted)
         return 0
 
-    def unlock(self, lock: Lock, op: int, flags: int, lvb: bytes | None) -> None:
+    def unlock(self, lock: Lock, op: int, flags: int) -> None:
         """Remove the lock from whatever queue it is in; a PW or EX holder may write the value block (dlm.md 2.3)."""
-        if lvb is not None and lock.lvb is not None:
-            lock.lvb = lvb
         lock.op = op
         lock.sb = 0
         if lock.gr >= PW:
@@ -187,28 +153,28 @@ class Resource:
         self._cast(lock, EUNLOCK)
         self.pend()
 
-    def cancel(self, lock: Lock) -> bool:
-        """End a pending operation with ECANCEL; nothing happens to a granted lock. Returns whether the lock lives."""
-        if _holds(self.converting, lock):
+    def cancel(self, lock: Lock, status: int = ECANCEL) -> bool:
+        """End a pending operation with `status`; nothing happens to a granted lock. Returns whether the lock lives."""
+        if lock in self.converting:
             self.revert(lock)
-            lock.sb = 0
-            self._cast(lock, ECANCEL)
-            self.pend()
+        elif lock in self.waiting:
+            self.drop(lock)
+        else:
             return True
-        if _holds(self.waiting, lock):
-            _remove(self.waiting, lock)
-            lock.sb = 0
-            self._cast(lock, ECANCEL)
-            self.pend()
-            return False
-        return True
+        lock.sb = 0
+        self._cast(lock, status)
+        self.pend()
+        return lock.gr != IV
 
     # ---- what the engine uses when a session ends
 
     def drop(self, lock: Lock) -> None:
+        """Take it out of its queue."""
+        if self.waits is not None:
+            self.waits.end(lock)
         for queue in (self.granted, self.converting, self.waiting):
-            if _holds(queue, lock):
-                _remove(queue, lock)
+            if lock in queue:
+                queue.remove(lock)
                 return
 
     def end(self, lock: Lock, status: int) -> None:
@@ -218,9 +184,21 @@ class Resource:
 
     def revert(self, lock: Lock) -> None:
         """A queued conversion goes back to granted in its old mode."""
-        _remove(self.converting, lock)
+        self.drop(lock)
         lock.rq = IV
         self._add_granted(lock)
+
+    def adopt(self, lock: Lock) -> None:
+        """A granted lock has a new owner, who is told its mode, its value if he asks for it, and who waits for it."""
+        lock.rq, lock.sb, lock.highbast, lock.cast_mode = IV, 0, 0, lock.gr
+        lvb = None
+        if lock.fl & VALBLK:
+            if self.lvb is not None:
+                lock.lvb, lock.lvb_seq = self.lvb, self.lvb_seq
+            lvb = lock.lvb
+            lock.sb = VALNOTVALID if self.invalid else 0
+        self.callbacks.out.append(Cast(lock.session, lock.id, lock.op, 0, lock.sb, lvb, lock.gr, True, True))
+        self.pend()
 
     def pend(self) -> None:
         """Grant what has become grantable, then blast the holders that block the rest (dlm.md 1.5)."""
@@ -328,7 +306,7 @@ class Resource:
     def _grant(self, lock: Lock) -> None:
         before = lock.gr
         self._transfer_lvb(lock)
-        if lock.gr != lock.rq or not _holds(self.granted, lock):
+        if lock.gr != lock.rq or lock not in self.granted:
             lock.gr = lock.rq
             self.drop(lock)
             self._add_granted(lock)
@@ -350,6 +328,8 @@ class Resource:
             queue.insert(0, lock)
         else:
             queue.append(lock)
+        if self.waits is not None:
+            self.waits.begin(self, lock)
 
     # ---- the value block (dlm.md 2)
 
@@ -420,15 +400,7 @@ _MIDDLE = frozenset(((PR, CW), (CW, PR)))
 
 def _conflict(queue: list[Lock], lock: Lock) -> bool:
     rq = lock.rq
-    return any(other is not lock and (other.gr, rq) not in COMPATIBLE for other in queue)
-
-
-def _holds(queue: list[Lock], lock: Lock) -> bool:
-    return any(other is lock for other in queue)
-
-
-def _remove(queue: list[Lock], lock: Lock) -> None:
-    for place, other in enumerate(queue):
-        if other is lock:
-            del queue[place]
-            return
+    for other in queue:  # noqa: SIM110  the hottest loop of the engine: any() would make a generator
+        if (other.gr, rq) not in COMPATIBLE and other is not lock:
+            return True
+    return False

@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from clustermd.dlm.lock import is_down_conversion
 from clustermd.dlm.lockspace import LockspaceEvents, Slot
 from clustermd.dlm.modes import (
     EAGAIN,
@@ -33,7 +34,6 @@ from clustermd.dlm.modes import (
     Mode,
     StatusFlag,
 )
-from clustermd.dlm.resource import is_down_conversion
 from clustermd.dlm.wire import Frame
 from clustermd.errors import BadBytes, ClusterLost, LockRefused, Refused
 from clustermd.trace import Trace

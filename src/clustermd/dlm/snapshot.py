@@ -1,7 +1,7 @@
 """The lock engine as plain values and back, in one canonical form.
 
 A snapshot holds everything that influences behaviour (dlm.md 6.3, trap 15): the order of every queue, what was
-blasted and cast last, inherited flags, value blocks with sequence and mark, slots, joiners, the id
+blasted and cast last, inherited flags, value blocks with sequence and mark, slots, joiners, orphans, the id
 counter. Equal states give equal bytes, so a digest of the form compares replicas.
 """
 
@@ -11,7 +11,9 @@ from typing import Any
 
 from clustermd.dlm.effects import SessionKey
 from clustermd.dlm.engine import Engine, Place, SessionState
-from clustermd.dlm.resource import Lock, Resource
+from clustermd.dlm.lock import Lock
+from clustermd.dlm.orphans import Orphan
+from clustermd.dlm.resource import Resource
 from clustermd.dlm.space import Joiner, Seat, SeatState, Space
 
 
@@ -23,7 +25,7 @@ def _key(wire: list[int]) -> SessionKey:
 def _dump_lock(lock: Lock) -> list[Any]:
     return [
         lock.id, list(lock.session), lock.op, lock.rq, lock.fl, lock.wants_bast, lock.lvb, lock.gr, lock.sb,
-        lock.lvb_seq, lock.highbast, lock.cast_mode,
+        lock.lvb_seq, lock.highbast, lock.cast_mode, lock.persistent,
     ]  # fmt: skip
 
 
@@ -51,7 +53,11 @@ def _dump_space(space: Space) -> list[Any]:
         for joiner in space.joiners
     ]
     resources = [_dump_resource(resource) for _, resource in sorted(space.resources.items())]
-    return [space.name, space.lvb_bytes, space.generation, seats, joiners, list(space.marks), resources]
+    orphans = [[lock_id, orphan.pid] for lock_id, orphan in sorted(space.orphans.by_id.items())]
+    return [
+        space.name, space.lvb_bytes, space.waits is not None, space.generation, seats, joiners, list(space.marks),
+        resources, orphans,
+    ]  # fmt: skip
 
 
 def dump_engine(engine: Engine) -> list[Any]:
@@ -68,8 +74,8 @@ def load_engine(wire: list[Any]) -> Engine:
     engine.next_lock, sessions, spaces = wire
     for key, name, label, pid, lost in sessions:
         engine.sessions[_key(key)] = SessionState(_key(key), name, label, pid, lost)
-    for name, lvb_bytes, generation, seats, joiners, marks, resources in spaces:
-        space = engine.spaces[name] = Space(name, lvb_bytes)
+    for name, lvb_bytes, deadlocks, generation, seats, joiners, marks, resources, orphans in spaces:
+        space = engine.spaces[name] = Space(name, lvb_bytes, engine.waits if deadlocks else None)
         space.generation = generation
         for slot, session, node_name, state, told, told_generation in seats:
             space.seats[slot] = Seat(
@@ -80,7 +86,7 @@ def load_engine(wire: list[Any]) -> Engine:
             space.joiners.append(Joiner(_key(session), op, max_slots, waits))
         space.marks = dict.fromkeys(marks)
         for resource_name, lvb, lvb_seq, invalid, *queues in resources:
-            resource = space.resources[resource_name] = Resource(resource_name, engine.callbacks)
+            resource = space.resources[resource_name] = Resource(resource_name, engine.callbacks, space.waits)
             resource.lvb, resource.lvb_seq, resource.invalid = lvb, lvb_seq, invalid
             for queue, locks in zip(
                 (resource.granted, resource.converting, resource.waiting), queues, strict=True
@@ -88,4 +94,9 @@ def load_engine(wire: list[Any]) -> Engine:
                 for lock in map(_load_lock, locks):
                     queue.append(lock)
                     engine.locks[lock.id] = Place(space, resource, lock)
+                    if space.waits is not None and queue is not resource.granted:
+                        space.waits.begin(resource, lock)
+        for lock_id, pid in orphans:
+            place = engine.locks[lock_id]
+            space.orphans.by_id[lock_id] = Orphan(place.resource, place.lock, pid)
     return engine

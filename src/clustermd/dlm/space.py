@@ -17,8 +17,11 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from clustermd.dlm.deadlock import Waits
 from clustermd.dlm.effects import SessionKey
-from clustermd.dlm.resource import Callbacks, Lock, Resource
+from clustermd.dlm.lock import Callbacks
+from clustermd.dlm.orphans import Orphans
+from clustermd.dlm.resource import Lock, Resource
 
 MARKS_LIMIT = 1024
 
@@ -56,13 +59,20 @@ class Joiner:
 
 
 class Space:
-    """One lockspace. `marks` keeps the invalid marks of resources that have no locks now (dlm.md 2.4)."""
+    """One lockspace. `marks` keeps the invalid marks of resources that have no locks now (dlm.md 2.4).
 
-    __slots__ = ("generation", "joiners", "lvb_bytes", "marks", "name", "resources", "seats")
+    `waits` is None where nobody looks for deadlocks over several resources (`dlm.deadlock`).
+    """
 
-    def __init__(self, name: str, lvb_bytes: int) -> None:
+    __slots__ = (
+        "generation", "joiners", "lvb_bytes", "marks", "name", "orphans", "resources", "seats", "waits",
+    )  # fmt: skip
+
+    def __init__(self, name: str, lvb_bytes: int, waits: Waits | None = None) -> None:
         self.name = name
         self.lvb_bytes = lvb_bytes
+        self.waits = waits
+        self.orphans = Orphans()
         self.generation = 0
         self.seats: dict[int, Seat] = {}
         self.joiners: list[Joiner] = []
@@ -71,7 +81,7 @@ class Space:
 
     @property
     def empty(self) -> bool:
-        return not self.seats and not self.joiners
+        return not self.seats and not self.joiners and not self.orphans
 
     def in_state(self, *states: SeatState) -> list[Seat]:
         """The seats in those states, by slot."""
@@ -110,7 +120,7 @@ class Space:
         """The resource of that name, made if it has no locks yet."""
         resource = self.resources.get(name)
         if resource is None:
-            resource = self.resources[name] = Resource(name, callbacks)
+            resource = self.resources[name] = Resource(name, callbacks, self.waits)
             if name in self.marks:
                 del self.marks[name]
                 resource.invalid = True

@@ -2,19 +2,24 @@
 
 A client sends one frame for each operation; `op` is the client's own number, echoed in the answer:
 
-    ["join", op, space, lvb_bytes, max_slots]         -> ["done", ...] or ["refused", ...]; ["waits", ...] between
+    ["join", op, space, lvb_bytes, max_slots, flags]  -> ["done", ...] or ["refused", ...]; ["waits", ...] between
     ["leave", op, space]                              -> ["answer", op, rc, 0]
     ["recovered", op, space, slot, generation]        -> ["answer", op, rc, 0]
+    ["purge", op, space, node, pid]                   -> ["answer", op, rc, 0]
     ["request", op, space, name, mode, flags, bast]   -> ["answer", op, rc, lock], then ["cast", ...]
+                              with ORPHAN             -> ["adopted", ...], or ["answer", op, rc < 0, 0]
     ["convert", op, lock, mode, flags, lvb]           -> ["cast", ...], or ["answer", op, rc < 0, lock]
     ["unlock", op, lock, flags, lvb]                  -> ["cast", ...], or ["answer", op, rc < 0, lock]
-    ["cancel", op, lock]                              -> ["answer", op, rc, lock]; the pending op gets its cast
+                              with CANCEL             -> as "cancel"
+    ["cancel", op, lock, status]                      -> ["answer", op, rc, lock]; the pending op gets its cast
 
-and hears, in the order in which the lock manager generated it:
+The last field of a join (a `SpaceFlag`, 0) and of a cancel (ECANCEL) may be left out. It hears, in the order in which
+the lock manager generated it:
 
     ["answer", op, rc, lock]
     ["refused", op, code, message, data]
     ["cast", op, lock, status, sb_flags, lvb, mode]
+    ["adopted", op, lock, sb_flags, lvb, mode]
     ["bast", lock, mode]
     ["waits", op, space, [[slot, node, name, state], ...]]
     ["prep", space]
@@ -42,6 +47,7 @@ from clustermd.dlm.effects import (
     RecoverPrep,
     RecoverSlot,
 )
+from clustermd.dlm.modes import ECANCEL, EDEADLK, ETIMEDOUT
 from clustermd.errors import BadBytes
 
 Frame = list[Any]
@@ -81,10 +87,12 @@ def _lvb(value: Any) -> bool:
     return value is None or (type(value) is bytes and len(value) <= LVB_BYTES_MAX)
 
 
+_OP = _integer(0, OP_MAX)
 _MODE = _integer(0, 5)
 _FLAGS = _integer(0, 0xFFFFFFFF)
 _LOCK = _integer(0, LOCK_MAX)
 _SPACE = _text(1, 64)
+_STATUS: Callable[[Any], bool] = lambda value: value in (ECANCEL, EDEADLK, ETIMEDOUT)  # noqa: E731  as the next
 _BOOL: Callable[[Any], bool] = lambda value: type(value) is bool  # noqa: E731  a row of the table below
 
 CLIENT_FRAMES: dict[str, tuple[tuple[str, Callable[[Any], bool]], ...]] = {
@@ -92,6 +100,7 @@ CLIENT_FRAMES: dict[str, tuple[tuple[str, Callable[[Any], bool]], ...]] = {
         ("lockspace", _SPACE),
         ("value block bytes", _integer(0, LVB_BYTES_MAX)),
         ("slots", _integer(1, SLOTS_MAX)),
+        ("flags", _FLAGS),
     ),
     "leave": (("lockspace", _SPACE),),
     "recovered": (
@@ -99,6 +108,7 @@ CLIENT_FRAMES: dict[str, tuple[tuple[str, Callable[[Any], bool]], ...]] = {
         ("slot", _integer(1, SLOTS_MAX)),
         ("generation", _integer(0, OP_MAX)),
     ),
+    "purge": (("lockspace", _SPACE), ("node", _OP), ("process", _OP)),
     "request": (
         ("lockspace", _SPACE),
         ("resource name", _name),
@@ -108,8 +118,10 @@ CLIENT_FRAMES: dict[str, tuple[tuple[str, Callable[[Any], bool]], ...]] = {
     ),
     "convert": (("lock", _LOCK), ("mode", _MODE), ("flags", _FLAGS), ("value block", _lvb)),
     "unlock": (("lock", _LOCK), ("flags", _FLAGS), ("value block", _lvb)),
-    "cancel": (("lock", _LOCK),),
+    "cancel": (("lock", _LOCK), ("status", _STATUS)),
 }
+_MAY_END_EARLY = frozenset(("join", "cancel"))
+"""Frames whose last field may be left out."""
 
 
 def check_client_frame(frame: Any) -> None:
@@ -119,7 +131,9 @@ def check_client_frame(frame: Any) -> None:
     fields = CLIENT_FRAMES.get(frame[0])
     if fields is None:
         raise BadBytes("bad-frame", f"a lock client asked for {frame[0][:32]!r}, which is no operation")
-    if len(frame) != 2 + len(fields) or not _integer(0, OP_MAX)(frame[1]):
+    if len(frame) == 1 + len(fields) and frame[0] in _MAY_END_EARLY:
+        fields = fields[:-1]
+    if len(frame) != 2 + len(fields) or not _OP(frame[1]):
         raise BadBytes(
             "bad-frame", f"a {frame[0]} of a lock client has not the {2 + len(fields)} fields it must have"
         )
@@ -132,7 +146,7 @@ def check_client_frame(frame: Any) -> None:
 
 def frame_op(frame: Any) -> int:
     """The operation number of a frame that may be malformed; 0 if it has none."""
-    if type(frame) is list and len(frame) > 1 and _integer(0, OP_MAX)(frame[1]):
+    if type(frame) is list and len(frame) > 1 and _OP(frame[1]):
         return int(frame[1])
     return 0
 
@@ -142,6 +156,8 @@ def effect_frame(effect: Effect) -> Frame:
     match effect:
         case Answer(_, op, rc, lock):
             return ["answer", op, rc, lock]
+        case Cast(adopted=True):
+            return ["adopted", effect.op, effect.lock, effect.sb_flags, effect.lvb, effect.mode]
         case Cast():
             return ["cast", effect.op, effect.lock, effect.status, effect.sb_flags, effect.lvb, effect.mode]
         case Bast(_, lock, mode):

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from clustermd.dlm.modes import Flag
+from clustermd.dlm.modes import ECANCEL, Flag
 from clustermd.testing.locks.client import Client
 from clustermd.testing.locks.replicas import Cluster, Node
 from clustermd.testing.locks.rules import LockRuleBroken
@@ -34,13 +34,14 @@ class Storm:
     """A cluster under steps."""
 
     def __init__(self, begin: Step, listen: Callable[[str], None]) -> None:
-        _, size, max_payload, stable = begin
+        _, size, max_payload, stable, *flags = begin
+        self._join = ("join", SPACE, LVB_BYTES, SLOTS, *flags)
         self.cluster = Cluster(size, max_payload=max_payload, stable=stable)
         self.cluster.listen = listen
         self.broken = False
         self.uneven = False
         for node in self.cluster.nodes.values():
-            node.client().send("join", SPACE, LVB_BYTES, SLOTS)
+            node.client().send(*self._join)
         self._settle()
 
     def draw(self, draw: random.Random) -> Step:
@@ -159,13 +160,13 @@ class Storm:
         if word == "client":
             if len(alive) >= CLIENTS_MAX or node.restart:
                 return False
-            node.client().send("join", SPACE, LVB_BYTES, SLOTS)
+            node.client().send(*self._join)
             return True
         if not alive or node.restart:
             return False
         client = alive[args[0] % len(alive)]
         if word == "send":
-            return not client.lost and _operation(client, args[1], args[2:])
+            return not client.lost and self._operation(client, args[1], args[2:])
         if word == "lost":
             if client.lost:
                 return False
@@ -180,7 +181,62 @@ class Storm:
             node.end_client(client, clean=True)
         return True
 
+    def _operation(self, client: Client, word: str, args: list[Any]) -> bool:
+        """One operation of a client: joined for locks, with a lock of its own if it needs one."""
+        if word == "join":
+            if client.left and len(client.done) < len(client.sent):
+                return False  # what it hears might still be about its earlier membership
+            client.send(*self._join)
+            return True
+        if SPACE not in client.slots:
+            return False
+        if word == "leave":
+            client.send("leave", SPACE)
+            return True
+        if word == "recovered":
+            client.send("recovered", SPACE, args[0], 1 << 40)
+            return True
+        if word == "request":
+            name, mode, flags, bast = args
+            client.send("request", SPACE, NAMES[name], mode, flags, bast)
+            return True
+        if word == "purge":
+            client.send("purge", SPACE, *args)
+            return True
+        if word == "adopt":
+            return _adopt(client, args)
+        locks = [lock for lock in client.locks if lock in client.held or lock in client.pending]
+        if not locks:
+            return False
+        if word == "convert":
+            locks = [lock for lock in locks if lock not in client.pending] or locks
+        lock, *rest = locks[args[0] % len(locks)], *args[1:]
+        if word == "cancel":
+            _cancel(client, lock, *rest)
+        elif word == "unlock":
+            flags, value = rest
+            client.send("unlock", lock, flags, None if value is None else _value(value))
+        elif lock in client.pending:
+            return False
+        else:
+            mode, flags, value = rest
+            client.send("convert", lock, mode, flags, _value(value))
+        return True
+
     # ---- the end
+
+    def _purge(self, living: list[Client]) -> bool:
+        """Whoever is in the lockspace frees what others left behind. Returns whether there was anything."""
+        members = [client for client in living if SPACE in client.slots and not client.left]
+        owners = {
+            orphan.lock.session[0]
+            for node in self.cluster.nodes.values()
+            for space in node.machine.engine.spaces.values()
+            for orphan in space.orphans.by_id.values()
+        }
+        for number in sorted(owners) if members else ():
+            members[0].send("purge", SPACE, number, 0)
+        return bool(members and owners)
 
     def end(self) -> None:
         """Everything is mended and delivered, then released, then ended; each time nothing may be missing."""
@@ -203,6 +259,14 @@ class Storm:
                 if not client.ended:
                     client.lost = True
                     node.end_client(client)
+        self._settle()
+        last = next(iter(cluster.nodes.values())).client()
+        last.send(*self._join)
+        self._settle()
+        self._purge([last])
+        last.send("leave", SPACE)
+        self._settle()
+        last.node.end_client(last, clean=True)
         self._settle()
         cluster.check_empty()
 
@@ -231,7 +295,7 @@ class Storm:
             living = [client for node in self.cluster.nodes.values() for client in node.clients.values()]
             living = [client for client in living if not client.ended]
             held = [(client, lock) for client in living for lock in client.held]
-            if not held:
+            if not held and not self._purge(living):
                 break
             for client, lock in held:
                 client.send("unlock", lock, int(Flag.FORCEUNLOCK), None)
@@ -241,42 +305,28 @@ class Storm:
                     raise LockRuleBroken("completion-lost", f"{client.name}: {frame} waits for nobody")
 
 
-def _operation(client: Client, word: str, args: list[Any]) -> bool:
-    """One operation of a client: joined for locks, with a lock of its own if it needs one."""
-    if word == "join":
-        if client.left and len(client.done) < len(client.sent):
-            return False  # what it hears might still be about its earlier membership
-        client.send("join", SPACE, LVB_BYTES, SLOTS)
-        return True
-    if SPACE not in client.slots:
-        return False
-    if word == "leave":
-        client.send("leave", SPACE)
-        return True
-    if word == "recovered":
-        client.send("recovered", SPACE, args[0], 1 << 40)
-        return True
-    if word == "request":
-        name, mode, flags, bast = args
-        client.send("request", SPACE, NAMES[name], mode, flags, bast)
-        return True
-    locks = [lock for lock in client.locks if lock in client.held or lock in client.pending]
-    if not locks:
-        return False
-    if word == "convert":
-        locks = [lock for lock in locks if lock not in client.pending] or locks
-    lock, *rest = locks[args[0] % len(locks)], *args[1:]
-    if word == "cancel":
-        client.send("cancel", lock)
-    elif word == "unlock":
-        flags, value = rest
-        client.send("unlock", lock, flags, None if value is None else _value(value))
-    elif lock in client.pending:
-        return False
-    else:
-        mode, flags, value = rest
-        client.send("convert", lock, mode, flags, _value(value))
+def _adopt(client: Client, args: list[Any]) -> bool:
+    """Ask for an orphan: mostly for one that its node has, in its mode; now and then for another one's or for none."""
+    which, mode, flags, bast = args
+    orphans = [
+        orphan
+        for space in client.node.machine.engine.spaces.values()
+        for _, orphan in sorted(space.orphans.by_id.items())
+    ]
+    own = [orphan for orphan in orphans if orphan.lock.session[:2] == client.key[:2]]
+    name = NAMES[which % len(NAMES)]
+    if some := (own if which % 4 else orphans):
+        orphan = some[which // 4 % len(some)]
+        name, mode = orphan.resource.name, orphan.lock.gr if which % 3 else mode
+    client.send("request", SPACE, name, mode, flags, bast)
     return True
+
+
+def _cancel(client: Client, lock: int, status: int = ECANCEL) -> None:
+    if status:
+        client.send("cancel", lock, status)
+    else:
+        client.send("unlock", lock, int(Flag.CANCEL), None)
 
 
 def _member_key(node: Node) -> tuple[int, int]:

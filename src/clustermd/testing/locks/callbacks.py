@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from clustermd.dlm.effects import Bast, Cast
 from clustermd.dlm.modes import EAGAIN, ECANCEL, EDEADLK, EUNLOCK, Flag, Mode, StatusFlag
 from clustermd.dlm.resource import Resource
+from clustermd.testing.locks import circles
 from clustermd.testing.locks.ledger import Input, Ledger, Queues, Record, ResourceKey
 from clustermd.testing.locks.modes import is_down, may_coexist
 from clustermd.testing.locks.rules import LockRuleBroken
@@ -47,16 +48,23 @@ class Callbacks:
     def _status(self, call: Input, cast: Cast, record: Record) -> None:
         mine, flags = cast.lock == call.lock, record.fl
         stays = self._holds(record)
-        if cast.status == 0:
+        if cast.adopted:
+            legal = mine and call.word == "request" and cast.status == 0 and cast.rising
+        elif cast.status == 0:
             legal, stays = self._granted(cast, record), cast.mode
         elif cast.status == EAGAIN:
             legal = mine and call.word in ("request", "convert") and bool(flags & Flag.NOQUEUE)
+        elif call.word == "cancel":
+            legal = mine and cast.status == call.status
         elif cast.status == EDEADLK:
-            legal = mine and call.word == "convert"
-            if flags & (Flag.NODLCKWT | Flag.NOQUEUE) or not self.deadlocked(cast.lock, record):
-                raise LockRuleBroken("conversion-deadlock", f"{cast}, but there is no deadlock")
+            legal = mine and call.word in ("request", "convert")
+            if not self._is_stuck(call, cast, record):
+                rule = "deadlock" if record.key[0] in self.ledger.seeking else "conversion-deadlock"
+                raise LockRuleBroken(rule, f"{cast}, but there is no deadlock")
+            if cast.sb_flags & StatusFlag.DEMOTED:
+                stays = Mode.NL
         elif cast.status == ECANCEL:
-            legal = mine and call.word == "cancel"
+            legal = call.word == "leave" and call.orphans(record)
         else:
             unlocked = mine and call.word == "unlock"
             legal = cast.status == EUNLOCK and (
@@ -74,6 +82,17 @@ class Callbacks:
         alternatives = [Mode.PR] if record.fl & Flag.ALTPR else [Mode.CW] if record.fl & Flag.ALTCW else []
         wanted = alternatives if cast.sb_flags & StatusFlag.ALTMODE else [record.rq]
         return cast.mode in wanted and (not demoted or bool(record.fl & Flag.CONVDEADLK))
+
+    def _is_stuck(self, call: Input, cast: Cast, record: Record) -> bool:
+        """Whether a request or conversion that is submitted now may be told of a deadlock."""
+        if record.fl & (Flag.NODLCKWT | Flag.NOQUEUE):
+            return False
+        if call.word == "convert" and self.deadlocked(cast.lock, record):
+            return True
+        if record.key[0] not in self.ledger.seeking:
+            return False
+        # a demotion has let others pass before the circle was looked for: what was there is not known any more
+        return bool(cast.sb_flags & StatusFlag.DEMOTED) or circles.would_close(self.ledger, record)
 
     def deadlocked(self, lock: int, record: Record) -> bool:
         """Whether a conversion that is submitted now meets one in the queue that it blocks (dlm.md 1.6)."""

@@ -80,7 +80,7 @@ class Client:
                 self.left = True
                 self.held.clear()
                 self.slots.clear()
-            case ["unlock", _, int(lock), *_]:
+            case ["unlock", _, int(lock), int(flags), _] if not flags & Flag.CANCEL:
                 self.held.pop(lock, None)
                 self.freeing.add(lock)
         self.node.replica.session_frame(self.number, whole)
@@ -107,6 +107,8 @@ class Client:
                 self._answered(op, rc, lock, frame)
             case ["cast", op, lock, status, _, _, mode]:
                 return self._cast(op, lock, status, mode, frame)
+            case ["adopted", op, lock, _, _, mode]:
+                return self._adopted(op, lock, mode, frame)
             case ["refused", op, *_]:
                 self._complete(op, frame)
             case ["done", space, _, our_slot, _]:
@@ -132,6 +134,17 @@ class Client:
         self._complete(op, frame)
         if whole[0] == "convert":
             self.pending.discard(lock)
+
+    def _adopted(self, op: int, lock: int, mode: int, frame: Frame) -> int:
+        """An orphan, perhaps one that this very session left behind."""
+        self._complete(op, frame)
+        whole = self.sent[op]
+        self.locks[lock] = (whole[2], whole[3])
+        self.requests[lock] = op
+        if self.left:
+            return 0
+        self.held[lock] = mode
+        return lock
 
     def _cast(self, op: int, lock: int, status: int, mode: int, frame: Frame) -> int:
         if op:  # 0: the lock went with its lockspace, nothing of it was pending

@@ -6,6 +6,7 @@ these it keeps a ledger of its own and compares the engine's state with it and w
     queues      compatible grants, one queue a lock, the order of grants, no missed grant, no deadlock (here)
     callbacks   exactly one completion, blocking callbacks where due and only there (`callbacks`)
     values      who wrote what, what a reader gets, when it is not valid (`values`)
+    orphans     who leaves what behind, and who gets it (here); circles of waits (`circles`)
     membership  slots, and recovery callbacks (`membership`)
 
 It raises `LockRuleBroken`, out of the call that broke the rule.
@@ -18,8 +19,9 @@ from typing import Any
 
 from clustermd.dlm.effects import Answer, Bast, Cast, Effect, RecoverDone, RecoverPrep, RecoverSlot
 from clustermd.dlm.engine import Engine
-from clustermd.dlm.modes import Flag, Mode, StatusFlag
+from clustermd.dlm.modes import EAGAIN, ENOENT, Flag, Mode, StatusFlag
 from clustermd.dlm.resource import Lock, Resource
+from clustermd.testing.locks import circles
 from clustermd.testing.locks.callbacks import Callbacks
 from clustermd.testing.locks.ledger import Input, Ledger, Queues, Record, ResourceKey, read_call
 from clustermd.testing.locks.membership import Membership
@@ -29,7 +31,7 @@ from clustermd.testing.locks.values import Values
 
 INPUTS = (
     "open_session", "lose_sessions", "end_sessions", "join", "leave", "recovered",
-    "request", "convert", "unlock", "cancel",
+    "request", "convert", "unlock", "cancel", "purge",
 )  # fmt: skip
 
 
@@ -92,6 +94,7 @@ class Checker:
 
     def _judge(self, engine: Engine, call: Input) -> None:
         ledger = self.ledger
+        ledger.seeking = {name for name, space in engine.spaces.items() if space.waits is not None}
         looked_at = self._looked_at(call)
         self.values.given(call)
         self._given(engine, call)
@@ -115,6 +118,7 @@ class Checker:
         for record in ledger.records.values():
             if record.key in looked_at:
                 record.fresh = record.headed = False
+        self._left_behind(call)
         self._vanished(engine, call)
         self._state(engine, call)
         self.membership.after(call, engine)
@@ -123,11 +127,16 @@ class Checker:
         """The resources whose queues are looked at because locks are taken away (dlm.md 1.5, 6.4)."""
         if call.word == "unlock" and call.rc == 0 and call.lock in self.ledger.records:
             return {self.ledger.records[call.lock].key}
+        records = self.ledger.records.values()
+        if call.word == "purge":
+            return {record.key for record in records if call.frees_orphan(record, self.ledger.lost)}
+        if call.word == "request" and call.flags & Flag.ORPHAN and call.lock in self.ledger.records:
+            return {self.ledger.records[call.lock].key}
         if not call.purges and call.word != "lose_sessions":
             return set()
         return {
             record.key
-            for record in self.ledger.records.values()
+            for record in records
             if record.session in call.keys and (not call.space or record.key[0] == call.space)
         }
 
@@ -141,7 +150,11 @@ class Checker:
         """Put the input into the ledger, before its effects."""
         ledger = self.ledger
         record = ledger.records.get(call.lock)
-        if call.word == "request" and call.rc == 0:
+        if call.word == "open_session":
+            ledger.pids |= dict.fromkeys(call.keys, call.pid)
+        elif call.word == "request" and call.flags & Flag.ORPHAN and call.rc != -22:
+            self._adopted(engine, call)
+        elif call.word == "request" and call.rc == 0:
             if call.lock <= ledger.last_id:
                 raise LockRuleBroken("lock-id-again", f"lock id {call.lock} came back")
             ledger.last_id = call.lock
@@ -150,17 +163,20 @@ class Checker:
             key = (call.space, call.name)
             ledger.records[call.lock] = Record(
                 call.lock, key, session, call.flags, call.mode, call.op, call.bast, buffer,
-                headed=bool(call.flags & Flag.HEADQUE),
+                headed=bool(call.flags & Flag.HEADQUE), persistent=bool(call.flags & Flag.PERSISTENT),
             )  # fmt: skip
-        elif call.word == "convert" and record is not None and call.rc in (0, -16):
-            if call.flags & Flag.VALBLK and record.buffer is None:
-                record.buffer = bytes(engine.spaces[record.key[0]].lvb_bytes)
-            if call.lvb is not None and record.buffer is not None:
-                record.buffer = call.lvb
+        elif call.word == "convert" and record is not None and call.rc in (0, -16, -22):
+            size = engine.spaces[record.key[0]].lvb_bytes
+            if call.lvb is None or len(call.lvb) == size:
+                if call.flags & Flag.VALBLK and record.buffer is None:
+                    record.buffer = bytes(size)
+                if call.lvb is not None and record.buffer is not None:
+                    record.buffer = call.lvb
             if call.rc == 0:
                 if record.pending:
                     raise LockRuleBroken("completion-twice", f"{record} took a second operation")
                 record.fl, record.rq, record.op, record.pending = call.flags, call.mode, call.op, True
+                record.persistent = record.persistent or bool(call.flags & Flag.PERSISTENT)
         elif call.word == "lose_sessions":
             ledger.lost |= call.keys
             for other in ledger.records.values():
@@ -169,11 +185,49 @@ class Checker:
         elif call.word == "end_sessions":
             ledger.lost -= call.keys
 
+    def _adopted(self, engine: Engine, call: Input) -> None:
+        """A request for an orphan gets the oldest of its node's that has the name and the mode, or says why not."""
+        (session,) = call.keys
+        if call.space not in engine.spaces or engine.spaces[call.space].member(session) is None:
+            return
+        records = self.ledger.records
+        named = [
+            record
+            for record in records.values()
+            if record.left_by is not None
+            and record.key == (call.space, call.name)
+            and record.session[:2] == session[:2]
+        ]
+        right = [record.id for record in named if record.mode == call.mode]
+        expected = (0, min(right)) if right else (EAGAIN if named else ENOENT, 0)
+        if (call.rc, call.lock) != expected:
+            raise LockRuleBroken(
+                "orphan", f"{session} asked for one and got {call.rc, call.lock}, not {expected}"
+            )
+        if not right:
+            return
+        record = records[call.lock]
+        record.session, record.op, record.pending, record.left_by = session, call.op, True, None
+        record.fl, record.wants_bast, record.told = call.flags, call.bast, Mode.IV
+        record.persistent = bool(call.flags & Flag.PERSISTENT)
+        if call.flags & Flag.VALBLK and record.buffer is None:
+            record.buffer = bytes(engine.spaces[call.space].lvb_bytes)
+
+    def _left_behind(self, call: Input) -> None:
+        """Locks that outlive their session belong to its node from now on."""
+        for record in self.ledger.records.values():
+            if call.orphans(record):
+                record.left_by = self.ledger.pids[record.session]
+                record.session = (*record.session[:2], 0)
+                record.wants_bast, record.pending = False, False
+
     def _completed(self, call: Input, cast: Cast) -> list[Record]:
         """Put a completion into the ledger. Returns the lock's record if it ended."""
         record = self.callbacks.cast(call, cast)
         record.pending = False
-        if cast.status == 0:
+        if cast.adopted:
+            self.values.adopted(record, cast)
+        elif cast.status == 0:
             self.values.granted(record, cast)
             record.told, record.fresh = Mode.IV, True
         record.mode = cast.mode
@@ -190,9 +244,14 @@ class Checker:
             with_session = record.session in call.keys and (
                 call.purges or (call.word == "lose_sessions" and waits)
             )
+            if call.frees_orphan(record, self.ledger.lost):
+                with_session = True
             if not with_session or (call.space and record.key[0] != call.space):
                 raise LockRuleBroken("lock-vanished", f"{record} is gone by {call.word} of {call.lock}")
             del records[lock]
+        for record in records.values():
+            if call.frees_orphan(record, self.ledger.lost):
+                raise LockRuleBroken("orphan", f"{record} is there after {call}")
         for lock in engine.locks:
             if lock not in records:
                 raise LockRuleBroken("callback-after-end", f"lock {lock} is there, but was said to be gone")
@@ -203,7 +262,11 @@ class Checker:
         now: dict[ResourceKey, Queues] = {}
         present: dict[ResourceKey, Resource] = {}
         places: set[int] = set()
-        granted = {effect.lock for effect in call.effects if isinstance(effect, Cast) and effect.status == 0}
+        granted = {
+            effect.lock
+            for effect in call.effects
+            if isinstance(effect, Cast) and effect.status == 0 and not effect.adopted
+        }
         for name, space in engine.spaces.items():
             for resource_name, resource in space.resources.items():
                 key = (name, resource_name)
@@ -226,6 +289,9 @@ class Checker:
         if places != engine.locks.keys():
             raise LockRuleBroken("one-queue", f"{engine.locks.keys() - places} are in no queue")
         self._at_once(call, granted)
+        record = self.ledger.records.get(call.lock)
+        if record is not None and record.pending and call.word in ("request", "convert") and call.rc == 0:
+            circles.none_closed(self.ledger, now, record)
         self.values.forget(present, set(engine.spaces))
         self.ledger.queues = now
 
@@ -322,7 +388,7 @@ class Checker:
 
     def _at_once(self, call: Input, granted: set[int]) -> None:
         """What can never have to wait is granted by its own input (I14, I15)."""
-        if call.rc != 0 or call.lock in granted:
+        if call.rc != 0 or call.lock in granted or (call.word == "request" and call.flags & Flag.ORPHAN):
             return
         if call.word == "request" and call.flags & Flag.EXPEDITE:
             raise LockRuleBroken("noqueue-waits", f"lock {call.lock} with EXPEDITE was not granted")

@@ -26,6 +26,8 @@ RULES = {
     "down-conversion-waits": "dlm.md 6.9 I14",
     "noqueue-waits": "dlm.md 6.9 I15",
     "conversion-deadlock": "dlm.md 6.9 I16",
+    "deadlock": "dlm.md 1.6, 6.7",
+    "orphan": "dlm.md 1.7",
     "completion-twice": "dlm.md 6.9 I17",
     "callback-after-end": "dlm.md 6.9 I17",
     "callback-order": "dlm.md 6.9 I18",

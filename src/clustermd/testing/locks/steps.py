@@ -2,8 +2,8 @@
 
 A step is a plain list, so that it can be kept and happen again:
 
-    ["begin", nodes, max_payload, stable]    the group: small payloads cut snapshots into parts; messages may be lost
-                                             with their readers unless `stable`
+    ["begin", nodes, max_payload, stable, flags]   the group: small payloads cut snapshots into parts; messages may be
+                                             lost with their readers unless `stable`; how lockspaces are joined (0)
     ["client", node]  ["lost"|"ended"|"closed", node, client]        sessions come, vanish, are proved dead, say goodbye
     ["send", node, client, word, ...]                                an operation of a session
     ["accept", node]  ["deliver", node]  ["stable", node]  ["settle"]      one message ordered, one event read, ...
@@ -20,7 +20,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from clustermd.dlm.modes import Flag
+from clustermd.dlm.modes import ECANCEL, EDEADLK, ETIMEDOUT, Flag
 from clustermd.testing.locks.replicas import Cluster
 
 Step = list[Any]
@@ -45,8 +45,20 @@ REQUEST_FLAGS = tuple(
         Flag.NOORDER,
         Flag.ALTPR,
         Flag.ALTCW | Flag.VALBLK,
+        Flag.PERSISTENT,
+        Flag.PERSISTENT,
+        Flag.PERSISTENT | Flag.VALBLK,
+        Flag.PERSISTENT | Flag.VALBLK,
+        Flag.NODLCKWT,
+        Flag.NODLCKBLK | Flag.TIMEOUT,
     )
 )
+ADOPT_FLAGS = tuple(
+    int(Flag.ORPHAN | flags)
+    for flags in (Flag.NONE, Flag.VALBLK, Flag.PERSISTENT, Flag.VALBLK | Flag.PERSISTENT)
+)
+STATUSES = (ECANCEL, ECANCEL, ETIMEDOUT, EDEADLK, 0)
+"""Why something is cancelled; 0: by an unlock with CANCEL."""
 CONVERT_FLAGS = tuple(
     int(flags)
     for flags in (
@@ -60,6 +72,8 @@ CONVERT_FLAGS = tuple(
         Flag.IVVALBLK,
         Flag.HEADQUE | Flag.VALBLK,
         Flag.NOORDER,
+        Flag.PERSISTENT,
+        Flag.NODLCKBLK,
     )
 )
 WEIGHTS = {
@@ -71,7 +85,7 @@ WEIGHTS = {
     "client": 3,
     "lost": 1,
     "ended": 6,
-    "closed": 0.5,
+    "closed": 1,
     "lose": 1,
     "fence": 3,
     "start": 3,
@@ -116,8 +130,8 @@ def draw_step(cluster: Cluster, draw: random.Random, *, stopped: bool) -> Step:
 
 def _draw_operation(draw: random.Random, number: int) -> Step:
     kind = draw.choices(
-        ("request", "convert", "unlock", "cancel", "recovered", "leave", "join"),
-        (4, 10, 2, 1.5, 0.7, 0.1, 0.3),
+        ("request", "convert", "unlock", "cancel", "recovered", "leave", "join", "adopt", "purge"),
+        (4, 10, 2, 1.5, 0.7, 0.2, 0.4, 1, 0.1),
     )[0]
     client = draw.randrange(CLIENTS_MAX)
     head = ["send", number, client, kind]
@@ -125,14 +139,19 @@ def _draw_operation(draw: random.Random, number: int) -> Step:
     if kind == "request":
         mode = draw.randrange(6)
         flags = int(Flag.EXPEDITE) if mode == 0 and draw.random() < 0.7 else draw.choice(REQUEST_FLAGS)
-        return [*head, draw.choice((0, 0, 0, 1, 2)), mode, flags, draw.random() < 0.8]
+        return [*head, draw.choice((0, 0, 0, 1, 2)), mode, flags, draw.random() < 0.7]
     if kind == "convert":
         return [*head, which, draw.randrange(6), draw.choice(CONVERT_FLAGS), value]
     if kind == "unlock":
         flags = draw.choice((int(Flag.FORCEUNLOCK), 0, int(Flag.VALBLK), int(Flag.IVVALBLK)))
         return [*head, which, flags, value if draw.random() < 0.7 else None]
     if kind == "cancel":
-        return [*head, which]
+        return [*head, which, draw.choice(STATUSES)]
+    if kind == "adopt":
+        # mostly in the mode in which something was left behind, if anything was
+        return [*head, which, draw.randrange(6), draw.choice(ADOPT_FLAGS), draw.random() < 0.8]
+    if kind == "purge":
+        return [*head, draw.randrange(NODES_MAX + 1), draw.choice((0, 0, 1001, 1002, 1003))]
     if kind == "recovered":
         return [*head, draw.randrange(1, SLOTS + 1)]
     return head

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
+from clustermd.dlm.modes import SpaceFlag
 from clustermd.testing.locks.arena import Storm
 from clustermd.testing.locks.rules import RULES, LockRuleBroken
 from clustermd.testing.locks.steps import NODES_MAX, Step
@@ -70,6 +71,7 @@ def run(seed: int, steps: int = STEPS) -> Outcome:
     """Draw a storm of so many steps from `seed`, and let it pass."""
     draw = random.Random(seed)
     begin: Step = ["begin", draw.randint(2, NODES_MAX), draw.choice((1024, 1 << 16)), draw.random() < 0.5]
+    begin.append(draw.choice((0, int(SpaceFlag.DEADLOCKS))))
     outcome = Outcome(seed, [begin])
     _pass(outcome, lambda storm: storm.draw(draw) if len(outcome.steps) <= steps else None)
     return outcome

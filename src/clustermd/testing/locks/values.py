@@ -55,16 +55,28 @@ class Values:
 
     def given(self, call: Input) -> None:
         """What an input does to value blocks before anybody is granted anything by it."""
-        if call.purges:
+        if call.word == "purge":
+            for record in self.ledger.records.values():
+                if call.frees_orphan(record, self.ledger.lost) and self._granted(record) >= Mode.PW:
+                    self.block(record.key).invalid = True
+        elif call.purges:
             always = not call.clean and not call.node_died and call.word != "leave"
             for record in self.ledger.records.values():
                 if record.session not in call.keys or (call.space and record.key[0] != call.space):
                     continue
+                if call.orphans(record):
+                    continue
                 if self._granted(record) >= Mode.PW and (always or record.fl & Flag.VALBLK):
                     self.block(record.key).invalid = True
-        elif call.word == "unlock" and call.rc == 0 and (unlocked := self.ledger.records.get(call.lock)):
-            if call.lvb is not None and unlocked.buffer is not None:
+        elif (
+            call.word in ("unlock", "cancel")
+            and call.rc in (0, -22)
+            and (unlocked := self.ledger.records.get(call.lock))
+        ):
+            if call.lvb is not None and unlocked.buffer is not None and len(call.lvb) == len(unlocked.buffer):
                 unlocked.buffer = call.lvb
+            if call.word == "cancel" or call.rc != 0:
+                return
             flags = unlocked.fl | call.flags
             if self._granted(unlocked) >= Mode.PW:
                 if flags & Flag.IVVALBLK:
@@ -96,6 +108,20 @@ class Values:
             raise LockRuleBroken("value-mark", f"{cast} says that the value is {said}, but {why}")
         if way != WRITE and (cast.lvb if cast.lvb is not None else b"") != (record.buffer or b""):
             raise LockRuleBroken("value-read", f"{cast} brought another value than {record.buffer!r}")
+
+    def adopted(self, record: Record, cast: Cast) -> None:
+        """An orphan has a new owner: with VALBLK he reads the value."""
+        block = self.block(record.key)
+        if not record.fl & Flag.VALBLK:
+            expected, marked = None, False
+        else:
+            if block.value is not None:
+                record.buffer = block.value
+            expected, marked = record.buffer, block.invalid
+        if cast.lvb != expected:
+            raise LockRuleBroken("value-read", f"{cast} brought another value than {expected!r}")
+        if bool(cast.sb_flags & StatusFlag.VALNOTVALID) != marked:
+            raise LockRuleBroken("value-mark", f"{cast}, but the mark is {marked}")
 
     def _granted(self, record: Record) -> int:
         """What the lock holds; one that was demoted holds less than it was told."""
