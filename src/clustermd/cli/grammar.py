@@ -27,7 +27,7 @@ from clustermd.cli.options import (
     by_name,
 )
 
-VERBS = ("cluster", "demo", "locks", "simulate", "trace")
+VERBS = ("cluster", "demo", "lock", "locks", "simulate", "trace")
 """Our own verbs: the first word, and the rest is theirs."""
 
 _LEVELS = {

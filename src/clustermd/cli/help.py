@@ -17,6 +17,7 @@ Usage: clustermd --create ARRAY options... DISK...     make a new array and star
        clustermd --examine-bitmap DISK...              its write-intent bitmaps, one per node
        clustermd --query ARRAY|DISK...                 what something is
        clustermd --zero-superblock DISK...             take a disk out of its array for good
+       clustermd lock NAME -- COMMAND...               run a command under a lock of the cluster
        clustermd locks [--json]                        who holds and awaits which lock, whole cluster
        clustermd cluster setup|status|fence-ack|...    make a corosync cluster, see how it is, confirm a fencing
        clustermd trace FILE...                         judge what nodes recorded: which layer broke which rule

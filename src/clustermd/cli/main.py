@@ -26,6 +26,7 @@ INTERRUPTED = 130
 _VERBS = {
     "cluster": "clustermd.cli.cluster",
     "demo": "clustermd.cli.demo",
+    "lock": "clustermd.cli.lock",
     "locks": "clustermd.cli.locks",
     "simulate": "clustermd.cli.simulate",
     "trace": "clustermd.cli.trace",

@@ -257,6 +257,9 @@ class OpenLockspace:
         """Free all locks and end the session, at once when the cluster stands still. For `connect_lockspace`."""
         if self._witness is not None:
             self._witness.release()
+        if self.stands_still:
+            self.connection.abort()
+            return
         try:
             async with asyncio.timeout(_LEAVE_S):
                 if self._space is not None and not self.lost:
