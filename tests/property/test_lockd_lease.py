@@ -1,4 +1,4 @@
-"""The lease's arithmetic: with clocks that run differently, no request of a lost node lands after it counts as harmless.
+"""The lease's arithmetic: whatever the clocks do, no request of a lost node lands after it counts as harmless.
 
 Each node reads a clock of its own: some offset, some rate. True time is known to nobody but the test.
 """
@@ -38,7 +38,7 @@ def test_what_passed_a_lease_has_landed_before_the_node_counts_as_harmless(
     # the lost node's clock may be as much slower than the survivor's as the bound allows
     survivor_rate = 1 + slower * drift
     lost_at_s = offsets[0] + (renewed + noticed_after) * survivor_rate
-    # its last renewal was heard by a majority before that took note of the loss; its clock runs at the rate of true time
+    # a majority heard of its last renewal before it took note of the loss; its clock runs as true time does
     looked = renewed + submitted * lease_s
     landed = looked + late * bound_s / survivor_rate
     harmless_s = harmless_at_s(lost_at_s, lease_s, drift, bound_s)
