@@ -26,6 +26,9 @@ from clustermd.ondisk.superblock import Superblock, find
 from clustermd.trace import Trace
 
 MIB = 1 << 20
+BLOCK = 4096
+CHUNK = 64 << 10
+"""Bytes of a chunk of `make_images`, unless it is told otherwise."""
 
 
 def make_images(
@@ -34,7 +37,7 @@ def make_images(
     *,
     mib: int = 16,
     bitmap: BitmapKind = BitmapKind.INTERNAL,
-    chunk: int = 64 << 10,
+    chunk: int = CHUNK,
     nodes: int = 4,
     delay: int = 1,
     assume_clean: bool = True,
@@ -69,6 +72,11 @@ def make_images(
     return paths
 
 
+def clustered(directory: Path, count: int = 2, **options: Any) -> list[Path]:
+    """Image files with a new clustered array, whose bits are cleared late (`delay` 60) unless told otherwise."""
+    return make_images(directory, count, bitmap=BitmapKind.CLUSTERED, **{"delay": 60, **options})
+
+
 def superblock_of(path: Path) -> Superblock:
     with open(path, "rb") as file:
 
@@ -77,6 +85,11 @@ def superblock_of(path: Path) -> Superblock:
             return file.read(count * 512)
 
         return find(read, os.path.getsize(path) // 512)
+
+
+def data_at(path: Path) -> int:
+    """The byte of a member at which its data begins."""
+    return superblock_of(path).data_offset * 512
 
 
 def data_of(path: Path) -> bytes:

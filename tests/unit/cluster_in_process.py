@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from array_kit import Client, abandon, tasks_of
+from array_kit import Client, abandon, tasks_of, until
 from faulty_submitter import Fault, FaultySubmitter
 
 from clustermd.array.array import Array
@@ -244,3 +244,14 @@ async def cluster_of(
             if hasattr(node, "array"):
                 await abandon(node.array)
         raise
+
+
+async def settled(cluster: InProcessCluster, limit_s: float = 20) -> None:
+    """Wait until no node copies anything, and none takes the copies for different any more."""
+    for node in cluster.nodes.values():
+        await asyncio.wait_for(node.array.idle(), limit_s)
+        await until(lambda: node.array.state.settled, limit_s)  # noqa: B023
+
+
+def faulty_members(node: Node) -> list[bool]:
+    return [member.faulty for member in node.array.members()]

@@ -8,22 +8,13 @@ import random
 from pathlib import Path
 
 import pytest
-from array_kit import (
-    data_of,
-    dirty_chunks,
-    make_images,
-    poke,
-    running,
-    set_bits,
-    superblock_of,
-)
+from array_kit import BLOCK, data_of, dirty_chunks, make_images, poke, running, set_bits, superblock_of
 
 from clustermd.array.request import Kind
 from clustermd.errors import Refused
 from clustermd.ondisk.create import BitmapKind
 from clustermd.ondisk.superblock import MAX_SECTOR, ROLE_FAULTY
 
-BLOCK = 4096
 KINDS = [BitmapKind.INTERNAL, BitmapKind.NONE]
 
 

@@ -8,14 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from array_kit import data_of, disks_of, make_images, poke, run, running, superblock_of
+from array_kit import BLOCK, data_of, disks_of, make_images, poke, run, running, superblock_of
 from faulty_submitter import Fault, Io
 
 from clustermd.array.request import Kind
 from clustermd.device.direct import DirectDevice, open_member
 from clustermd.device.member_device import Op
-
-BLOCK = 4096
 
 
 def opener(coarse: list[Path]) -> Callable[[str], DirectDevice]:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 from array_kit import (
+    BLOCK,
+    CHUNK,
+    data_at,
     data_of,
     dirty_chunks,
     disks_of,
@@ -21,30 +24,19 @@ from array_kit import (
 )
 from faulty_submitter import Fault, FaultySubmitter, Io
 
-from clustermd.array import faults
 from clustermd.array.array import Array
 from clustermd.array.request import Kind
 from clustermd.device.member_device import Op
 from clustermd.ondisk.create import BitmapKind
 from clustermd.ondisk.superblock import MAX_SECTOR, ROLE_FAULTY
 
-BLOCK = 4096
-CHUNK = 64 << 10
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faults, "RETRY_S", 0.02)
+pytestmark = pytest.mark.usefixtures("quick_retries")
 
 
 def hasten(array: Array) -> FaultySubmitter:
     """Seconds of the array's own count pass in 100 ms, so that a stuck member costs a test little waiting."""
     array.state.tick_s = 0.1
     return disks_of(array)
-
-
-def data_at(path: Path) -> int:
-    return superblock_of(path).data_offset * 512
 
 
 def superblock_write(io: Io) -> bool:

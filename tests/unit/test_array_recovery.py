@@ -12,6 +12,10 @@ from typing import Any
 
 import pytest
 from array_kit import (
+    BLOCK,
+    CHUNK,
+    MIB,
+    clustered,
     data_of,
     dirty_chunks,
     disks_of,
@@ -22,30 +26,16 @@ from array_kit import (
     superblock_of,
     until,
 )
-from cluster_in_process import InProcessCluster, cluster_of
+from cluster_in_process import cluster_of, settled
 from faulty_submitter import FaultySubmitter, Io
 
-from clustermd.array import faults, resync
-from clustermd.cluster import life as life_module
+from clustermd.array import resync
 from clustermd.device.member_device import Op
 from clustermd.ondisk import bad_blocks
 from clustermd.ondisk.create import BitmapKind
 from clustermd.ondisk.superblock import ROLE_FAULTY, ROLE_SPARE, FeatureMap, location
 
-BLOCK = 4096
-CHUNK = 64 << 10
-MIB = 1 << 20
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resync, "RETRY_S", 0.02)
-    monkeypatch.setattr(faults, "RETRY_S", 0.02)
-    monkeypatch.setattr(life_module, "RETRY_S", 0.02)
-
-
-def clustered(tmp_path: Path, **options: Any) -> list[Path]:
-    return make_images(tmp_path, bitmap=BitmapKind.CLUSTERED, **{"delay": 60, **options})
+pytestmark = pytest.mark.usefixtures("quick_retries")
 
 
 def recovering(path: Path, filled_bytes: int) -> None:
@@ -78,11 +68,6 @@ def data_ios(disks: FaultySubmitter, op: Op, path: Path) -> list[Io]:
 
 def old_place(path: Path) -> int:
     return location(0, path.stat().st_size // 512) * 512
-
-
-async def settled(cluster: InProcessCluster) -> None:
-    for node in cluster.nodes.values():
-        await asyncio.wait_for(node.array.idle(), 20)
 
 
 @pytest.mark.parametrize("bitmap", [BitmapKind.INTERNAL, BitmapKind.NONE])

@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 from array_kit import (
+    BLOCK,
+    CHUNK,
+    clustered,
+    data_at,
     data_of,
     dirty_chunks,
     disks_of,
@@ -21,39 +25,22 @@ from array_kit import (
     superblock_of,
     until,
 )
-from cluster_in_process import InProcessCluster, Node, cluster_of
+from cluster_in_process import InProcessCluster, Node, cluster_of, settled
 
 from clustermd.array import array as array_module
-from clustermd.array import faults, resync
 from clustermd.array.request import Kind, Request
 from clustermd.cluster import channel as channel_module
 from clustermd.cluster import cluster as cluster_module
-from clustermd.cluster import life as life_module
 from clustermd.device.member_device import Op
-from clustermd.ondisk.create import BitmapKind
 from clustermd.ondisk.superblock import MAX_SECTOR, ROLE_FAULTY
 
-BLOCK = 4096
-CHUNK = 64 << 10
 WINDOW = 2048
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resync, "RETRY_S", 0.02)
-    monkeypatch.setattr(faults, "RETRY_S", 0.02)
-    monkeypatch.setattr(life_module, "RETRY_S", 0.02)
+def _quick(monkeypatch: pytest.MonkeyPatch, quick_retries: None) -> None:
     monkeypatch.setattr(cluster_module, "LEAVE_S", 0.5)
     monkeypatch.setattr(array_module, "CUT_S", 0.5)
-
-
-def clustered(tmp_path: Path, **options: Any) -> list[Path]:
-    return make_images(tmp_path, bitmap=BitmapKind.CLUSTERED, **{"delay": 60, **options})
-
-
-async def settled(cluster: InProcessCluster) -> None:
-    for node in cluster.nodes.values():
-        await asyncio.wait_for(node.array.idle(), 20)
 
 
 async def stopped(cluster: InProcessCluster, node: Node, limit_s: float = 10) -> None:
@@ -66,10 +53,6 @@ async def answer_of(answer: asyncio.Future[Request]) -> int:
     if request.buffer is not None:
         request.buffer.release()
     return request.error
-
-
-def data_at(path: Path) -> int:
-    return superblock_of(path).data_offset * 512
 
 
 # --- an array of one node ------------------------------------------------------------------------------

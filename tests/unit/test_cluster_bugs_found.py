@@ -13,32 +13,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from array_kit import data_of, make_images, poke, run, slot_area, superblock_of, until
+from array_kit import (
+    BLOCK,
+    CHUNK,
+    clustered,
+    data_of,
+    poke,
+    run,
+    slot_area,
+    superblock_of,
+    until,
+)
 from cluster_in_process import InProcessCluster, cluster_of
 from faulty_submitter import Fault
 from flaws import both_ways, flaw, patience
 
-from clustermd.array import faults, resync
 from clustermd.cluster import life as life_module
 from clustermd.cluster.life import Life
 from clustermd.device.member_device import Op
-from clustermd.ondisk.create import BitmapKind
 from clustermd.ondisk.superblock import ROLE_FAULTY
 from clustermd.testing.simulator.flaws import all_flaws
 
-BLOCK = 4096
-CHUNK = 64 << 10
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resync, "RETRY_S", 0.02)
-    monkeypatch.setattr(faults, "RETRY_S", 0.02)
-    monkeypatch.setattr(life_module, "RETRY_S", 0.02)
-
-
-def clustered(tmp_path: Path, count: int = 2) -> list[Path]:
-    return make_images(tmp_path, count, bitmap=BitmapKind.CLUSTERED, delay=60)
+pytestmark = pytest.mark.usefixtures("quick_retries")
 
 
 def bug(name: str) -> Any:

@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 from array_kit import (
+    BLOCK,
+    CHUNK,
+    clustered,
+    data_at,
     data_of,
     dirty_chunks,
     disks_of,
@@ -20,44 +24,18 @@ from array_kit import (
     superblock_of,
     until,
 )
-from cluster_in_process import InProcessCluster, Node, cluster_of
+from cluster_in_process import InProcessCluster, cluster_of, faulty_members, settled
 from faulty_submitter import Fault
 
 from clustermd.array import array as array_module
-from clustermd.array import faults, resync
 from clustermd.array.request import Kind
-from clustermd.cluster import life as life_module
 from clustermd.device.member_device import Op
-from clustermd.ondisk.create import BitmapKind
 from clustermd.ondisk.superblock import ROLE_FAULTY
-
-BLOCK = 4096
-CHUNK = 64 << 10
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resync, "RETRY_S", 0.02)
-    monkeypatch.setattr(faults, "RETRY_S", 0.02)
-    monkeypatch.setattr(life_module, "RETRY_S", 0.02)
+def _quick(monkeypatch: pytest.MonkeyPatch, quick_retries: None) -> None:
     monkeypatch.setattr(array_module, "REJOIN_S", 0.02)
-
-
-def clustered(tmp_path: Path, count: int = 2) -> list[Path]:
-    return make_images(tmp_path, count, bitmap=BitmapKind.CLUSTERED, delay=60)
-
-
-def data_at(path: Path) -> int:
-    return superblock_of(path).data_offset * 512
-
-
-def faulty_members(node: Node) -> list[bool]:
-    return [member.faulty for member in node.array.members()]
-
-
-async def settled(cluster: InProcessCluster) -> None:
-    for node in cluster.nodes.values():
-        await asyncio.wait_for(node.array.idle(), 20)
 
 
 async def die_with_halves_apart(cluster: InProcessCluster, paths: list[Path]) -> None:

@@ -7,32 +7,25 @@ import os
 from pathlib import Path
 
 import pytest
-from array_kit import data_of, dirty_chunks, make_images, poke, set_bits, superblock_of
-from cluster_in_process import InProcessCluster, cluster_of
+from array_kit import (
+    BLOCK,
+    CHUNK,
+    clustered,
+    data_of,
+    dirty_chunks,
+    poke,
+    run,
+    set_bits,
+    superblock_of,
+)
+from cluster_in_process import cluster_of, settled
 
 from clustermd.array.request import Kind
 from clustermd.errors import LockRefused
-from clustermd.ondisk.create import BitmapKind
-
-BLOCK = 4096
-CHUNK = 64 << 10
-
-
-def clustered(tmp_path: Path, **options: int) -> list[Path]:
-    return make_images(tmp_path, bitmap=BitmapKind.CLUSTERED, **options)  # type: ignore[arg-type]
-
-
-def run(story: object) -> None:
-    asyncio.run(asyncio.wait_for(story, 60))  # type: ignore[arg-type]
-
-
-async def settled(cluster: InProcessCluster) -> None:
-    for node in cluster.nodes.values():
-        await asyncio.wait_for(node.array.idle(), 20)
 
 
 def test_two_nodes_write_and_leave_clean_equal_members(tmp_path: Path) -> None:
-    paths = clustered(tmp_path)
+    paths = clustered(tmp_path, delay=1)
 
     async def story() -> None:
         async with cluster_of(2, paths) as cluster:
@@ -54,7 +47,7 @@ def test_two_nodes_write_and_leave_clean_equal_members(tmp_path: Path) -> None:
 
 
 def test_a_dead_nodes_chunks_are_copied_and_its_bitmap_cleared(tmp_path: Path) -> None:
-    paths = clustered(tmp_path)
+    paths = clustered(tmp_path, delay=1)
 
     async def story() -> None:
         async with cluster_of(2, paths) as cluster:
@@ -86,7 +79,7 @@ def test_a_dead_nodes_chunks_are_copied_and_its_bitmap_cleared(tmp_path: Path) -
 def test_after_a_whole_cluster_died_bits_of_all_slots_are_honoured(
     tmp_path: Path, chunks: dict[int, list[int]]
 ) -> None:
-    paths = clustered(tmp_path)
+    paths = clustered(tmp_path, delay=1)
 
     async def begin() -> None:
         async with cluster_of(1, paths):
@@ -108,7 +101,7 @@ def test_after_a_whole_cluster_died_bits_of_all_slots_are_honoured(
 
 
 def test_a_leaving_node_hands_its_resync_over(tmp_path: Path) -> None:
-    paths = clustered(tmp_path, assume_clean=False)
+    paths = clustered(tmp_path, delay=1, assume_clean=False)
     poke(paths[0], 0, os.urandom(8 << 20))
 
     async def story() -> None:
@@ -129,7 +122,7 @@ def test_a_leaving_node_hands_its_resync_over(tmp_path: Path) -> None:
 
 
 def test_writes_wait_for_a_foreign_window_and_go_on_after_it(tmp_path: Path) -> None:
-    paths = clustered(tmp_path)
+    paths = clustered(tmp_path, delay=1)
 
     async def story() -> None:
         async with cluster_of(2, paths) as cluster:
@@ -146,7 +139,7 @@ def test_writes_wait_for_a_foreign_window_and_go_on_after_it(tmp_path: Path) -> 
 
 
 def test_a_failed_member_is_failed_everywhere_before_the_write_is_answered(tmp_path: Path) -> None:
-    paths = clustered(tmp_path)
+    paths = clustered(tmp_path, delay=1)
 
     async def story() -> None:
         async with cluster_of(2, paths) as cluster:
@@ -163,7 +156,7 @@ def test_a_failed_member_is_failed_everywhere_before_the_write_is_answered(tmp_p
 
 
 def test_a_node_that_loses_its_session_joins_again_and_finishes_its_writes(tmp_path: Path) -> None:
-    paths = clustered(tmp_path)
+    paths = clustered(tmp_path, delay=1)
 
     async def story() -> None:
         async with cluster_of(2, paths) as cluster:
@@ -188,7 +181,7 @@ def test_a_node_that_loses_its_session_joins_again_and_finishes_its_writes(tmp_p
 
 
 def test_a_third_node_of_two_is_refused(tmp_path: Path) -> None:
-    paths = clustered(tmp_path, nodes=2)
+    paths = clustered(tmp_path, delay=1, nodes=2)
 
     async def story() -> None:
         async with cluster_of(2, paths) as cluster:

@@ -13,18 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from array_kit import data_of, dirty_chunks, make_images, run, slot_area, superblock_of, until
-from cluster_in_process import InProcessCluster, Node, cluster_of
+from array_kit import (
+    BLOCK,
+    CHUNK,
+    clustered,
+    data_at,
+    data_of,
+    dirty_chunks,
+    run,
+    slot_area,
+    superblock_of,
+    until,
+)
+from cluster_in_process import Node, cluster_of, faulty_members, settled
 from flaws import both_ways, flaw, patience
 
 from clustermd.array import array as array_module
-from clustermd.array import faults, resync
 from clustermd.array.array import Array
 from clustermd.array.bitmap_writer import BitmapWriter
 from clustermd.array.metadata import Metadata
 from clustermd.array.request import Kind
 from clustermd.cluster import channel as channel_module
-from clustermd.cluster import life as life_module
 from clustermd.cluster.channel import Channel
 from clustermd.cluster.cluster import Cluster
 from clustermd.cluster.life import Life
@@ -34,34 +43,15 @@ from clustermd.device.member_device import Gate, Op
 from clustermd.dlm.modes import Mode
 from clustermd.dlm.session import SessionLock
 from clustermd.errors import LockRefused, Refused
-from clustermd.ondisk.create import BitmapKind
 from clustermd.ondisk.superblock import ROLE_FAULTY
 
-BLOCK = 4096
-CHUNK = 64 << 10
 SUPERBLOCK: dict[str, Any] = {"lo": 4096, "hi": 8192}
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resync, "RETRY_S", 0.02)
-    monkeypatch.setattr(faults, "RETRY_S", 0.02)
-    monkeypatch.setattr(life_module, "RETRY_S", 0.02)
+def _quick(monkeypatch: pytest.MonkeyPatch, quick_retries: None) -> None:
     monkeypatch.setattr(array_module, "REJOIN_S", 0.02)
     monkeypatch.setattr(channel_module, "ACK_S", 5.0)
-
-
-def clustered(tmp_path: Path, **options: Any) -> list[Path]:
-    return make_images(tmp_path, bitmap=BitmapKind.CLUSTERED, **{"delay": 60, **options})
-
-
-async def settled(cluster: InProcessCluster) -> None:
-    for node in cluster.nodes.values():
-        await asyncio.wait_for(node.array.idle(), 20)
-
-
-def data_at(path: Path) -> int:
-    return superblock_of(path).data_offset * 512
 
 
 def life_of(node: Node) -> Life:
@@ -81,10 +71,6 @@ def note(node: Node) -> Message:
 
 async def send(node: Node, limit_s: float = 10) -> None:
     await asyncio.wait_for(channel_of(node).send(note(node)), limit_s)
-
-
-def faulty_members(node: Node) -> list[bool]:
-    return [member.faulty for member in node.array.members()]
 
 
 # --- F15: a receiver always answers --------------------------------------------------------------------------
@@ -405,7 +391,7 @@ def test_rule_6_doubt_and_lost_contact_are_two_things(tmp_path: Path, flawed: bo
 
 @both_ways
 def test_two_nodes_fail_different_members_at_once_and_all_agree(tmp_path: Path, flawed: bool) -> None:
-    paths = clustered_of_three(tmp_path)
+    paths = clustered(tmp_path, 3)
     reload = Metadata.reload
 
     async def not_when_it_runs(self: Metadata, *, ours: bool = False, announced: Any = None) -> None:
@@ -427,10 +413,6 @@ def test_two_nodes_fail_different_members_at_once_and_all_agree(tmp_path: Path, 
 
     with flaw(flawed, "nodes disagree|At index", (Metadata, "reload", not_when_it_runs)):
         run(story())
-
-
-def clustered_of_three(tmp_path: Path) -> list[Path]:
-    return make_images(tmp_path, 3, bitmap=BitmapKind.CLUSTERED, delay=60)
 
 
 def test_two_nodes_that_fail_both_members_at_once_keep_one(tmp_path: Path) -> None:

@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 from array_kit import (
+    BLOCK,
+    CHUNK,
+    clustered,
     data_of,
     dirty_chunks,
     make_images,
@@ -24,7 +27,7 @@ from array_kit import (
     superblock_of,
     until,
 )
-from cluster_in_process import Crashed, InProcessCluster, Node, cluster_of
+from cluster_in_process import Crashed, InProcessCluster, Node, cluster_of, settled
 from faulty_submitter import Fault
 from flaws import both_ways, flaw, patience
 
@@ -44,26 +47,8 @@ from clustermd.device.member_device import Op
 from clustermd.dlm.lockspace import Slot
 from clustermd.dlm.modes import Mode
 from clustermd.ondisk.bitmap_superblock import BitmapState, BitmapSuperblock
-from clustermd.ondisk.create import BitmapKind
 
-BLOCK = 4096
-CHUNK = 64 << 10
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resync, "RETRY_S", 0.02)
-    monkeypatch.setattr(life_module, "RETRY_S", 0.02)
-
-
-def clustered(tmp_path: Path, **options: Any) -> list[Path]:
-    return make_images(tmp_path, bitmap=BitmapKind.CLUSTERED, **{"delay": 60, **options})
-
-
-async def settled(cluster: InProcessCluster, limit_s: float = 20) -> None:
-    for node in cluster.nodes.values():
-        await asyncio.wait_for(node.array.idle(), limit_s)
-        await until(lambda: node.array.state.settled, limit_s)  # noqa: B023
+pytestmark = pytest.mark.usefixtures("quick_retries")
 
 
 def started_once(paths: list[Path]) -> None:

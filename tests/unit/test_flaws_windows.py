@@ -15,6 +15,10 @@ from typing import Any
 
 import pytest
 from array_kit import (
+    BLOCK,
+    CHUNK,
+    clustered,
+    data_at,
     data_of,
     dirty_chunks,
     disks_of,
@@ -23,14 +27,12 @@ from array_kit import (
     run,
     running,
     slot_area,
-    superblock_of,
     until,
 )
-from cluster_in_process import InProcessCluster, Node, cluster_of
+from cluster_in_process import Node, cluster_of, settled
 from faulty_submitter import Fault
 from flaws import both_ways, flaw, patience
 
-from clustermd.array import faults, resync
 from clustermd.array.array import Array
 from clustermd.array.faults import Faults
 from clustermd.array.member_io import Shared, transfer
@@ -48,31 +50,11 @@ from clustermd.cluster.messages import SlotBlock
 from clustermd.cluster.slot_lock import OwnSlot
 from clustermd.device.member_device import Op
 from clustermd.errors import LockRefused, Refused
-from clustermd.ondisk.create import BitmapKind
 
-BLOCK = 4096
-CHUNK = 64 << 10
 WINDOW = 2048
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resync, "RETRY_S", 0.02)
-    monkeypatch.setattr(faults, "RETRY_S", 0.02)
-    monkeypatch.setattr(life_module, "RETRY_S", 0.02)
-
-
-def clustered(tmp_path: Path, **options: Any) -> list[Path]:
-    return make_images(tmp_path, bitmap=BitmapKind.CLUSTERED, **{"delay": 60, **options})
-
-
-async def settled(cluster: InProcessCluster) -> None:
-    for node in cluster.nodes.values():
-        await asyncio.wait_for(node.array.idle(), 20)
-
-
-def data_at(path: Path) -> int:
-    return superblock_of(path).data_offset * 512
+pytestmark = pytest.mark.usefixtures("quick_retries")
 
 
 @asynccontextmanager

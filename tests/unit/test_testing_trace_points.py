@@ -8,12 +8,11 @@ import re
 from pathlib import Path
 
 import pytest
-from array_kit import make_images, until
+from array_kit import clustered, until
 from cluster_in_process import Node, cluster_of
 
 import clustermd
 from clustermd.node.recorder import BEGIN
-from clustermd.ondisk.create import BitmapKind
 from clustermd.testing.trace.events import Event
 from clustermd.testing.trace.judge import Judge, all_rules
 from clustermd.testing.trace.lives import Lives
@@ -122,7 +121,7 @@ def test_a_step_within_another_counts_only_there() -> None:
 
 def test_a_cluster_in_which_a_writer_dies_breaks_no_rule_and_comes_to_most_steps(tmp_path: Path) -> None:
     """Real arrays and lock replicas in one process, judged as they go."""
-    paths = make_images(tmp_path, bitmap=BitmapKind.CLUSTERED, delay=60)
+    paths = clustered(tmp_path)
     events: list[Event] = []
     judge, reached = Judge(), Reached()
 
