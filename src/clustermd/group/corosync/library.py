@@ -81,11 +81,9 @@ class Connection:
         return self._descriptor
 
     def guard(self, callback: Callable[..., None]) -> Callable[..., None]:
-        """`callback` for C: its first exception is kept for `dispatch`, and nothing is delivered after it."""
+        """`callback` for C: its exception is kept for `dispatch`, which ends with it."""
 
         def guarded(*arguments: Any) -> None:
-            if self._failure is not None or self.closed:
-                return
             try:
                 callback(*arguments)
             except BaseException as error:
