@@ -22,7 +22,7 @@ from typing import Any
 
 from clustermd.clock import Clock, SystemClock, SystemRandom
 from clustermd.conf import Conf
-from clustermd.device.lease import UNBOUNDED_NS, LeaseFile
+from clustermd.device.lease import LeaseFile
 from clustermd.dlm.replica import Replica
 from clustermd.errors import Refused
 from clustermd.group.daemon import run_daemon
@@ -34,6 +34,7 @@ from clustermd.group.process import kill, start_time
 from clustermd.group.process_group import Member, View, Witness
 from clustermd.group.tasks import Tasks
 from clustermd.lockd.fence_actor import FenceActor
+from clustermd.lockd.node_lease import NodeLease
 from clustermd.lockd.protocol import PROTOCOL
 from clustermd.lockd.sessions import SessionState
 from clustermd.lockd.waits import Waits
@@ -51,7 +52,9 @@ class Lockd:
         self._rundir = rundir
         self._bounds = bounds
         self._clock = clock
+        self._conf = conf
         self._fence_actor: FenceActor | None = None
+        self._lease: NodeLease | None = None
         self._group = self._make_group(conf, trace)
         # on corosync the others wait for this node at every start, and nothing starts it by itself for them
         self._linger_s = math.inf if conf.clustered else bounds.linger_s
@@ -71,11 +74,13 @@ class Lockd:
             )
         # on one machine none of this is wanted
         from clustermd.group.corosync.group import CorosyncGroup
-        from clustermd.lockd.fencing.make import make_fencer
 
         clock = self._clock
-        lease = LeaseFile.make(self._rundir.make() / "lease", lambda: int(clock.boottime_s() * 1e9))
-        actor = self._fence_actor = FenceActor(make_fencer(conf), self._clock, lambda: group)
+        lease = self._lease = NodeLease(
+            LeaseFile.make(self._rundir.make() / "lease", lambda: int(clock.boottime_s() * 1e9)),
+            by_device=conf.fence == "device",
+        )
+        actor = self._fence_actor = FenceActor(self._clock, lambda: group)
         group = CorosyncGroup(
             self._rundir,
             conf,
@@ -84,7 +89,7 @@ class Lockd:
             SystemRandom(),
             trace,
             actor,
-            lambda until_s: _set_lease(lease, until_s),
+            lease.by_group,
             self.must_restart,
         )
         return group
@@ -92,6 +97,8 @@ class Lockd:
     async def run(self, stop: asyncio.Event, ready: Callable[[], None]) -> None:
         """Serve until nobody needs this node, or `stop` is set."""
         await self._group.connect()
+        if self._fence_actor is not None:
+            await self._prepare_fencing(self._fence_actor)
         self._replica.attach(self._group)
         server = await serve_links(self._rundir.lockd_socket, self._made, self._frame, self._lost)
         self._group.join(self)
@@ -103,6 +110,27 @@ class Lockd:
             link.fail("this node's lockd was told to end")
         await self._tick_until(lambda: not self._sessions, None)
         await self._group.leave()
+
+    async def _prepare_fencing(self, actor: FenceActor) -> None:
+        """Make the policy of the configuration, and begin this node's own part of it."""
+        from clustermd.lockd.fencing.device import DeviceFencer
+        from clustermd.lockd.fencing.make import make_fencer
+
+        fencer = actor.fencer = await make_fencer(self._conf, self._group.me, self._clock)
+        lease = self._lease
+        if isinstance(fencer, DeviceFencer) and lease is not None:
+            watch = fencer.watch(self._end_node, lease.by_watch)
+            await watch.claim()
+            self._tasks.spawn(watch.run())
+
+    def _end_node(self, reason: str) -> None:
+        """The fence device says so: whatever writes here ends now, and so does this life."""
+        from clustermd.lockd.fencing.self_fence import self_fence
+
+        self_fence(
+            ((state.pid, state.pid_started) for state in self._sessions.values()), self._conf.self_fence
+        )
+        self.must_restart(reason)
 
     # --- StatefulEvents
 
@@ -388,13 +416,6 @@ class Lockd:
         if actor is None:
             return {}
         return {"fencing_here": actor.status(), "unsafe": actor.fencer.unsafe}
-
-
-def _set_lease(lease: LeaseFile, until_s: float) -> None:
-    if until_s:
-        lease.renew(UNBOUNDED_NS if math.isinf(until_s) else int(until_s * 1e9))
-    else:
-        lease.expire()
 
 
 def main() -> None:

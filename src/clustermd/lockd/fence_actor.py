@@ -31,10 +31,11 @@ class FenceReports(Protocol):
 
 
 class FenceActor:
-    """Implements `FenceShell`. `reports` is known after the group is made."""
+    """Implements `FenceShell`. `fencer` is set before the group is joined; `reports` is known after it is made."""
 
-    def __init__(self, fencer: Fencer, clock: Clock, reports: Callable[[], FenceReports]) -> None:
-        self.fencer = fencer
+    fencer: Fencer
+
+    def __init__(self, clock: Clock, reports: Callable[[], FenceReports]) -> None:
         self._clock = clock
         self._reports = reports
         self._at_work: dict[int, tuple[Victim, asyncio.Task[None]]] = {}
