@@ -3,7 +3,8 @@
 A test of this kind is a story with assertions, inside `with flaw(flawed, shows, (owner, name, wrong), ...)`. As it
 stands the story passes. With `flawed` each `owner.name` is replaced by `wrong`, which does what Linux does (or what
 somebody might do here one day), and the story must fail by an assertion or a time-out whose words match `shows`. So a
-test that cannot fail, or fails for another reason, is found out.
+test that cannot fail, or fails for another reason, is found out. Flaws that simulated runs find, too, are written down
+once: `patches_of("F4")` gives those of `clustermd.testing.simulator.flaws`.
 """
 
 from __future__ import annotations
@@ -11,13 +12,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 
+from clustermd.testing.simulator.flaws import Patch, all_flaws
+
 both_ways = pytest.mark.parametrize("flawed", [False, True], ids=["right", "flaw-back"])
 
-Patch = tuple[object, str, Any]
+
+def patches_of(name: str) -> tuple[Patch, ...]:
+    """The patches of a flaw of `all_flaws()`. Raises KeyError if there is none."""
+    return all_flaws()[name].make()
 
 
 @contextmanager

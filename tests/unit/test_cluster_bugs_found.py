@@ -26,19 +26,14 @@ from array_kit import (
 )
 from cluster_in_process import InProcessCluster, cluster_of
 from faulty_submitter import Fault
-from flaws import both_ways, flaw, patience
+from flaws import both_ways, flaw, patches_of, patience
 
 from clustermd.cluster import life as life_module
 from clustermd.cluster.life import Life
 from clustermd.device.member_device import Op
 from clustermd.ondisk.superblock import ROLE_FAULTY
-from clustermd.testing.simulator.flaws import all_flaws
 
 pytestmark = pytest.mark.usefixtures("quick_retries")
-
-
-def bug(name: str) -> Any:
-    return all_flaws()[name].make()
 
 
 def dies_when_somebody_looks(cluster: InProcessCluster, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
@@ -69,7 +64,7 @@ def test_a_joiner_does_not_take_a_lost_value_block_for_no_window(
             begun = two.names().index("array.serving")
             assert ("join.merged", {"slot": 0}) in two.events[:begun], "it serves without the bits"
 
-    with flaw(flawed, "serves without the bits", *bug("lost-value-block-is-no-window")):
+    with flaw(flawed, "serves without the bits", *patches_of("lost-value-block-is-no-window")):
         run(story())
 
 
@@ -119,7 +114,7 @@ def test_what_a_joiner_merged_is_copied_before_anybody_takes_the_array_for_settl
             for node in (two, three):
                 await asyncio.wait_for(node.array.idle(), 20)
 
-    with flaw(flawed, "an older copy is read", *bug("settled-before-the-joiner-copied")):
+    with flaw(flawed, "an older copy is read", *patches_of("settled-before-the-joiner-copied")):
         run(story())
     if not flawed:
         assert data_of(paths[0]) == data_of(paths[1])
@@ -143,7 +138,7 @@ def test_a_member_that_one_node_cannot_read_keeps_nobody_from_recording_faults(
             await asyncio.wait_for(writing, patience(flawed))
             assert superblock_of(paths[0]).dev_roles[1:3] == (ROLE_FAULTY, ROLE_FAULTY)
 
-    with flaw(flawed, "TimeoutError", *bug("one-node-blocks-all")):
+    with flaw(flawed, "TimeoutError", *patches_of("one-node-blocks-all")):
         run(story())
 
 
@@ -184,5 +179,5 @@ def test_the_loss_that_ends_giving_back_the_resync_right_is_noticed(tmp_path: Pa
             loop.set_exception_handler(before)
             assert not said, f"{said}"
 
-    with flaw(flawed, "never retrieved", *bug("loss-that-nobody-hears-of")):
+    with flaw(flawed, "never retrieved", *patches_of("loss-that-nobody-hears-of")):
         run(story())

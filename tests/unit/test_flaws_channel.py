@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from array_kit import (
     until,
 )
 from cluster_in_process import Node, cluster_of, faulty_members, settled
-from flaws import both_ways, flaw, patience
+from flaws import both_ways, flaw, patches_of, patience
 
 from clustermd.array import array as array_module
 from clustermd.array.array import Array
@@ -35,13 +34,10 @@ from clustermd.array.metadata import Metadata
 from clustermd.array.request import Kind
 from clustermd.cluster import channel as channel_module
 from clustermd.cluster.channel import Channel
-from clustermd.cluster.cluster import Cluster
 from clustermd.cluster.life import Life
 from clustermd.cluster.messages import Message, MessageType
-from clustermd.cluster.slot_lock import read_block
 from clustermd.device.member_device import Gate, Op
 from clustermd.dlm.modes import Mode
-from clustermd.dlm.session import SessionLock
 from clustermd.errors import LockRefused, Refused
 from clustermd.ondisk.superblock import ROLE_FAULTY
 
@@ -83,14 +79,6 @@ def test_f15_a_receiver_that_cannot_follow_says_so_at_once(
 ) -> None:
     paths = clustered(tmp_path)
 
-    process = Channel._process
-    failing: list[Channel] = []
-
-    async def no_answer(self: Channel, block: bytes) -> int:
-        if self in failing:
-            await asyncio.Event().wait()
-        return await process(self, block)
-
     async def story() -> None:
         async with cluster_of(2, paths) as cluster:
             await settled(cluster)
@@ -99,7 +87,6 @@ def test_f15_a_receiver_that_cannot_follow_says_so_at_once(
             async def fail(message: Message) -> int:
                 raise error
 
-            failing.append(channel_of(two))
             if flawed:
                 monkeypatch.setattr(channel_module, "ACK_S", 0.2)
             handle = channel_of(two)._handle
@@ -111,7 +98,7 @@ def test_f15_a_receiver_that_cannot_follow_says_so_at_once(
             await send(one)
             await send(two)
 
-    with flaw(flawed, "no answer", (Channel, "_process", no_answer)):
+    with flaw(flawed, "no answer", *patches_of("F15")):
         run(story())
 
 
@@ -124,9 +111,6 @@ def test_f16_a_request_that_timed_out_is_not_granted_to_nobody_later(
 ) -> None:
     paths = clustered(tmp_path)
     monkeypatch.setattr(channel_module, "ACK_S", 0.1)
-
-    async def leave_it_queued(self: SessionLock, future: Any, before: Mode) -> None:
-        return None
 
     async def story() -> None:
         async with cluster_of(2, paths) as cluster:
@@ -153,7 +137,7 @@ def test_f16_a_request_that_timed_out_is_not_granted_to_nobody_later(
                 else:
                     raise AssertionError("the channel is stuck")
 
-    with flaw(flawed, "stuck|TimeoutError", (SessionLock, "_give_up", leave_it_queued)):
+    with flaw(flawed, "stuck|TimeoutError", *patches_of("F16")):
         run(story())
 
 
@@ -162,17 +146,6 @@ def test_f17_a_token_that_is_refused_leaves_the_way_free_for_the_next_sender(
     tmp_path: Path, flawed: bool
 ) -> None:
     paths = clustered(tmp_path)
-
-    @asynccontextmanager
-    async def keeps_the_way(self: Channel) -> AsyncIterator[None]:
-        await self._sending.acquire()
-        await self._token.convert(Mode.EX)
-        try:
-            async with self.receiving:
-                yield
-        finally:
-            await self._settle(self._token, Mode.NL)
-            self._sending.release()
 
     async def story() -> None:
         async with cluster_of(2, paths) as cluster:
@@ -193,7 +166,7 @@ def test_f17_a_token_that_is_refused_leaves_the_way_free_for_the_next_sender(
                 await send(one)
             await send(one, patience(flawed))
 
-    with flaw(flawed, "TimeoutError", (Channel, "token", keeps_the_way)):
+    with flaw(flawed, "TimeoutError", *patches_of("F17")):
         run(story())
 
 
@@ -224,15 +197,6 @@ def test_a_sender_that_is_cancelled_leaves_all_locks_as_they_were(tmp_path: Path
 @both_ways
 def test_f18_no_superblock_is_written_without_the_token(tmp_path: Path, flawed: bool) -> None:
     paths = clustered(tmp_path)
-    update = Cluster.metadata_update
-
-    @asynccontextmanager
-    async def anyway(self: Cluster) -> AsyncIterator[None]:
-        try:
-            async with update(self):
-                yield
-        except LockRefused:
-            yield
 
     async def story() -> None:
         async with cluster_of(2, paths, faulty=True) as cluster:
@@ -254,7 +218,7 @@ def test_f18_no_superblock_is_written_without_the_token(tmp_path: Path, flawed: 
             token.convert = convert
             assert (await asyncio.wait_for(answer, 10)).error == 0
 
-    with flaw(flawed, "without the token", (Cluster, "metadata_update", anyway)):
+    with flaw(flawed, "without the token", *patches_of("F18")):
         run(story())
 
 
@@ -266,9 +230,6 @@ def test_f19_the_roles_that_a_dead_sender_wrote_and_told_nobody_are_adopted(
     tmp_path: Path, flawed: bool
 ) -> None:
     paths = clustered(tmp_path)
-
-    async def no_reload(self: Life) -> None:
-        return None
 
     async def story() -> None:
         async with cluster_of(3, paths) as cluster:
@@ -286,7 +247,7 @@ def test_f19_the_roles_that_a_dead_sender_wrote_and_told_nobody_are_adopted(
             await survivors[0].client.write(0, b"2" * BLOCK)
             assert data_of(paths[1])[:1] == b"\0", "written to a member that is out"
 
-    with flaw(flawed, "never came to that", (Life, "_adopt", no_reload)):
+    with flaw(flawed, "never came to that", *patches_of("F19")):
         run(story())
 
 
@@ -297,9 +258,6 @@ def test_f19_a_sender_may_die_at_any_step_and_the_survivors_agree(
 ) -> None:
     """The nodes' roles and the disks say the same after the adoption; what the sender had not written is undone."""
     paths = clustered(tmp_path)
-
-    async def no_reload(self: Life) -> None:
-        return None
 
     async def story() -> None:
         async with cluster_of(3, paths) as cluster:
@@ -320,7 +278,7 @@ def test_f19_a_sender_may_die_at_any_step_and_the_survivors_agree(
             if not on_disk:
                 assert data_of(paths[0]) == data_of(paths[1])
 
-    with flaw(flawed, "never came to that", (Life, "_adopt", no_reload)):
+    with flaw(flawed, "never came to that", *patches_of("F19")):
         run(story())
 
 
@@ -329,9 +287,6 @@ def test_rule_6_a_node_that_cannot_load_an_announced_superblock_fails_the_sender
     tmp_path: Path, flawed: bool
 ) -> None:
     paths = clustered(tmp_path)
-
-    async def whatever_they_say(self: Channel, message: Message) -> None:
-        return None
 
     async def story() -> None:
         async with cluster_of(2, paths, faulty=True) as cluster:
@@ -354,7 +309,7 @@ def test_rule_6_a_node_that_cannot_load_an_announced_superblock_fails_the_sender
             assert faulty_members(two) == [False, True]
             assert not two.array.state.held
 
-    with flaw(flawed, "could not follow", (Channel, "_answers", whatever_they_say)):
+    with flaw(flawed, "could not follow", *patches_of("rule 6")):
         run(story())
 
 
@@ -445,13 +400,6 @@ def test_two_nodes_that_fail_both_members_at_once_keep_one(tmp_path: Path) -> No
 def test_f20_the_answer_to_an_older_message_is_not_taken_for_this_ones(tmp_path: Path, flawed: bool) -> None:
     paths = clustered(tmp_path)
 
-    async def any_good_answer(self: Channel, message: Message) -> None:
-        for member in self.lockspace.slots:
-            if member.slot != self.lockspace.our_slot:
-                block = await read_block(self.lockspace, member.slot - 1)
-                if block.result:
-                    raise LockRefused("peer-failed", "it said so")
-
     async def story() -> None:
         async with cluster_of(2, paths) as cluster:
             await settled(cluster)
@@ -473,7 +421,7 @@ def test_f20_the_answer_to_an_older_message_is_not_taken_for_this_ones(tmp_path:
             deaf = False
             await send(one)
 
-    with flaw(flawed, "taken for read", (Channel, "_answers", any_good_answer)):
+    with flaw(flawed, "taken for read", *patches_of("F20")):
         run(story())
 
 
@@ -498,8 +446,7 @@ def test_f20_a_message_is_processed_once(tmp_path: Path, flawed: bool) -> None:
             await send(one)
             assert len(handled) == len(set(handled)) == 2, "processed twice"
 
-    never = property(lambda self: -1, lambda self, value: None)
-    with flaw(flawed, "processed twice", (Channel, "_last_sequence", never)):
+    with flaw(flawed, "processed twice", *patches_of("F20b")):
         run(story())
 
 

@@ -29,23 +29,17 @@ from array_kit import (
 )
 from cluster_in_process import Crashed, InProcessCluster, Node, cluster_of, settled
 from faulty_submitter import Fault
-from flaws import both_ways, flaw, patience
+from flaws import Patch, both_ways, flaw, patches_of, patience
 
 from clustermd.array import resync
-from clustermd.array.array import Array
 from clustermd.array.bitmap import Bitmap
 from clustermd.array.bitmap_writer import BitmapWriter
 from clustermd.array.metadata import Metadata
-from clustermd.array.read import Reader
 from clustermd.array.resync import Resync
 from clustermd.array.slots import Slots
-from clustermd.cluster import life as life_module
-from clustermd.cluster.channel import Channel
 from clustermd.cluster.life import Life
-from clustermd.cluster.slot_lock import OwnSlot
 from clustermd.device.member_device import Op
 from clustermd.dlm.lockspace import Slot
-from clustermd.dlm.modes import Mode
 from clustermd.ondisk.bitmap_superblock import BitmapState, BitmapSuperblock
 
 pytestmark = pytest.mark.usefixtures("quick_retries")
@@ -86,27 +80,6 @@ def own_page_fault(paths: list[Path], slot: int, **what: Any) -> Fault:
 # --- F1, rule 1: the own bitmap is loaded before others are merged ----------------------------------------
 
 
-async def join_and_gather_first(self: Life, name: str) -> None:
-    """As Linux: the pages of the own slot are still blank while other slots' bits are put into them."""
-    array: Any = self.array
-    self._lockspace = await self.link.join(name, self, array.nodes)
-    self.channel = Channel(self._lockspace, self.trace, self._handle, array.awaits_all, array.followed)
-    self._joined = True
-    await self.channel.open(array.prepare_join)
-    self._own = await OwnSlot.claim(self._lockspace, self.slot)
-    self._resync = await self._lockspace.lock("resync")
-    state, template = array.state, array.slots.template
-    state.slot, state.bitmap_header = self.slot, template
-    state.bitmap = Bitmap(array.slots._geometry())
-    state.bitmap.pages[0][:256] = template.to_bytes()
-    self.channel.start(self._own)
-    for slot in range(array.nodes):
-        if slot != self.slot:
-            await self._gather(slot)
-    await array.load_own_slot(self.slot)
-    self._ready.set()
-
-
 @both_ways
 def test_f1_the_own_bits_survive_the_merging_of_others(tmp_path: Path, flawed: bool) -> None:
     paths = clustered(tmp_path)
@@ -121,7 +94,7 @@ def test_f1_the_own_bits_survive_the_merging_of_others(tmp_path: Path, flawed: b
             await settled(cluster)
             assert data_of(paths[0]) == data_of(paths[1]), "halves differ: bits were forgotten"
 
-    with flaw(flawed, "bits were forgotten", (Life, "join", join_and_gather_first)):
+    with flaw(flawed, "bits were forgotten", *patches_of("F1")):
         run(story())
 
 
@@ -134,9 +107,6 @@ def test_rule_1_a_joiner_serves_after_it_has_merged_what_the_dead_left(tmp_path:
         set_bits(path, 2, [9])
     poke(paths[1], 9 * CHUNK, b"half a write")
 
-    async def gather_nothing(self: Life, slot: int) -> None:
-        return None
-
     async def story() -> None:
         async with cluster_of(1, paths) as cluster:
             one = cluster.nodes[1]
@@ -146,7 +116,7 @@ def test_rule_1_a_joiner_serves_after_it_has_merged_what_the_dead_left(tmp_path:
             await settled(cluster)
             assert data_of(paths[0]) == data_of(paths[1])
 
-    with flaw(flawed, "not merged|is not in list|in \\[", (Life, "_gather", gather_nothing)):
+    with flaw(flawed, "not merged|is not in list|in \\[", *patches_of("rule 1")):
         run(story())
 
 
@@ -156,14 +126,6 @@ def test_rule_1_a_joiner_serves_after_it_has_merged_what_the_dead_left(tmp_path:
 @both_ways
 def test_f2_a_takeover_of_chunk_0_alone_is_copied(tmp_path: Path, flawed: bool) -> None:
     paths = clustered(tmp_path)
-    merge = Slots.merge
-
-    async def hi_is_the_start_of_the_last_chunk(self: Slots, slot: int) -> list[int]:
-        chunks = await merge(self, slot)
-        if max(chunks, default=0) == 0:
-            self.state.the_bitmap().unreconciled.clear()
-            return []
-        return chunks
 
     async def story() -> None:
         async with cluster_of(2, paths) as cluster:
@@ -173,21 +135,13 @@ def test_f2_a_takeover_of_chunk_0_alone_is_copied(tmp_path: Path, flawed: bool) 
             await settled(cluster)
             assert data_of(paths[0]) == data_of(paths[1]), "chunk 0 was not copied"
 
-    with flaw(flawed, "chunk 0 was not copied", (Slots, "merge", hi_is_the_start_of_the_last_chunk)):
+    with flaw(flawed, "chunk 0 was not copied", *patches_of("F2")):
         run(story())
 
 
 @both_ways
 def test_f3_reads_of_chunk_0_keep_to_the_first_copy_until_it_is_copied(tmp_path: Path, flawed: bool) -> None:
     paths = clustered(tmp_path)
-
-    def balanced_below_lo(self: Reader, lo: int, hi: int) -> bool:
-        bitmap = self.state.the_bitmap()
-        least = 0
-        for chunk in sorted(bitmap.unreconciled):
-            if least == 0:
-                least = chunk
-        return bool(least) and hi > least * bitmap.chunk_sectors
 
     async def story() -> None:
         async with cluster_of(2, paths, faulty=True) as cluster:
@@ -203,26 +157,11 @@ def test_f3_reads_of_chunk_0_keep_to_the_first_copy_until_it_is_copied(tmp_path:
             two.disks.release()
             await settled(cluster)
 
-    with flaw(flawed, "a read of the other copy", (Reader, "read_first", balanced_below_lo)):
+    with flaw(flawed, "a read of the other copy", *patches_of("F3")):
         run(story())
 
 
 # --- F4, F40, F27: a dirty bit is always on the disks somewhere ----------------------------------------------
-
-
-async def clear_the_source_first(self: Slots, slot: int) -> list[int]:
-    """As Linux: the source is written before the own pages are."""
-    state = self.state
-    bitmap = state.the_bitmap()
-    areas = await self._read_areas(slot)
-    header, chunks = self._join(areas, slot)
-    assert header is not None
-    for member in state.writable:
-        await self._write_area(member, slot, bitmap.geometry.area_bytes(header))
-    state.trace.point("takeover.source_cleared", slot=slot)
-    bitmap.mark(chunks)
-    await self.writer.flush()
-    return chunks
 
 
 @both_ways
@@ -253,7 +192,7 @@ def test_f4_the_source_keeps_its_bits_until_ours_are_on_every_disk(tmp_path: Pat
             await settled(cluster)
             assert bits_anywhere(paths) <= {3, 7} and dirty_chunks(paths[0], 0) == []
 
-    with flaw(flawed, "nowhere on a disk", (Slots, "merge", clear_the_source_first)):
+    with flaw(flawed, "nowhere on a disk", *patches_of("F4")):
         run(story())
 
 
@@ -282,7 +221,7 @@ def test_f40_bits_that_were_taken_over_survive_the_death_of_their_new_owner(
             await settled(cluster)
             assert data_of(paths[0]) == data_of(paths[1]), "the second crash lost the bits"
 
-    with flaw(flawed, "lost the bits|nowhere", (Slots, "merge", clear_the_source_first)):
+    with flaw(flawed, "lost the bits|nowhere", *patches_of("F4")):
         run(story())
 
 
@@ -290,10 +229,6 @@ def test_f40_bits_that_were_taken_over_survive_the_death_of_their_new_owner(
 def test_f27_what_is_needed_in_memory_has_its_bit_on_the_disks(tmp_path: Path, flawed: bool) -> None:
     """Rule 11, seen at a takeover: while the copy has not been made, the own slot has the bits."""
     paths = clustered(tmp_path)
-    mark = Bitmap.mark
-
-    def in_memory_only(self: Bitmap, chunks: list[int], *, on_disk: bool = False) -> None:
-        mark(self, chunks, on_disk=True)
 
     async def story() -> None:
         async with cluster_of(2, paths, faulty=True) as cluster:
@@ -312,7 +247,7 @@ def test_f27_what_is_needed_in_memory_has_its_bit_on_the_disks(tmp_path: Path, f
             two.disks.release()
             await settled(cluster)
 
-    with flaw(flawed, "no bit on the disk", (Bitmap, "mark", in_memory_only)):
+    with flaw(flawed, "no bit on the disk", *patches_of("F27")):
         run(story())
 
 
@@ -324,13 +259,6 @@ def test_f5_a_takeover_that_failed_is_tried_again(tmp_path: Path, flawed: bool) 
     paths = clustered(tmp_path)
     start, length, _ = slot_area(paths[0], 0)
 
-    async def once(self: Life, key: object, work: Any) -> None:
-        try:
-            await work()
-        except Exception as error:
-            self.log.warning("given up: %s", error)
-        self._tasks.pop(key, None)
-
     async def story() -> None:
         async with cluster_of(2, paths, faulty=True) as cluster:
             await settled(cluster)
@@ -341,19 +269,13 @@ def test_f5_a_takeover_that_failed_is_tried_again(tmp_path: Path, flawed: bool) 
             await settled(cluster)
             assert data_of(paths[0]) == data_of(paths[1])
 
-    with flaw(flawed, "never came to that", (Life, "_insist", once)):
+    with flaw(flawed, "never came to that", *patches_of("F5")):
         run(story())
 
 
 @both_ways
 def test_f36_of_two_survivors_one_finds_the_bits_and_copies_them_once(tmp_path: Path, flawed: bool) -> None:
     paths = clustered(tmp_path)
-
-    async def leave_the_source(self: Slots, slot: int) -> list[int]:
-        _, chunks = self._join(await self._read_areas(slot), slot)
-        self.state.the_bitmap().mark(chunks)
-        await self.writer.flush()
-        return chunks
 
     async def story() -> None:
         async with cluster_of(3, paths) as cluster:
@@ -364,7 +286,7 @@ def test_f36_of_two_survivors_one_finds_the_bits_and_copies_them_once(tmp_path: 
             copied = [node.array.status().counters["resynced_chunks"] for node in cluster.nodes.values()]
             assert sorted(copied) == [0, 2], f"copied by two: {copied}"
 
-    with flaw(flawed, "copied by two", (Slots, "merge", leave_the_source)):
+    with flaw(flawed, "copied by two", *patches_of("F36")):
         run(story())
 
 
@@ -419,13 +341,6 @@ def test_f39_a_node_that_dies_while_another_joins_is_taken_over_after_the_own_bi
 def test_f13_the_bitmap_of_a_living_node_is_left_alone(tmp_path: Path, flawed: bool) -> None:
     paths = clustered(tmp_path)
 
-    class Nothing:
-        async def unlock(self) -> None:
-            return None
-
-    async def everything_is_vacant(lockspace: Any, slot: int, mode: Mode = Mode.PW) -> Any:
-        return Nothing()
-
     async def story() -> None:
         async with cluster_of(1, paths) as cluster:
             await settled(cluster)
@@ -434,7 +349,7 @@ def test_f13_the_bitmap_of_a_living_node_is_left_alone(tmp_path: Path, flawed: b
             assert dirty_chunks(paths[0], 0) == [3], "the bits of a living node were cleared"
             assert dirty_chunks(paths[0], 1) == []
 
-    with flaw(flawed, "were cleared", (life_module, "try_vacant", everything_is_vacant)):
+    with flaw(flawed, "were cleared", *patches_of("F13")):
         run(story())
 
 
@@ -487,9 +402,6 @@ def test_f33_reads_keep_to_the_first_copy_until_the_dead_nodes_chunks_are_equal(
     start, length, _ = slot_area(paths[0], 0)
     merge = Slots.merge
 
-    def balance_at_once(self: Array) -> None:
-        self.state.settled = True
-
     async def merge_and_balance(self: Slots, slot: int) -> list[int]:
         chunks = await merge(self, slot)
         self.state.settled = True
@@ -519,8 +431,8 @@ def test_f33_reads_keep_to_the_first_copy_until_the_dead_nodes_chunks_are_equal(
             await settled(cluster)
             assert data_of(paths[0]) == data_of(paths[1])
 
-    wrong = (Slots, "merge", merge_and_balance) if when == "before the copy" else None
-    patches = [wrong] if wrong else [(Array, "set_unsettled", balance_at_once)]
+    before_the_copy: tuple[Patch, ...] = ((Slots, "merge", merge_and_balance),)
+    patches = before_the_copy if when == "before the copy" else patches_of("F33")
     with flaw(flawed, "a read of the other copy|never came", *patches):
         run(story())
 
@@ -596,10 +508,6 @@ def test_rule_10_nobody_settles_while_the_node_with_the_bits_has_to_try_again(
 @both_ways
 def test_rule_13_a_survivor_that_never_wrote_repairs_at_once(tmp_path: Path, flawed: bool) -> None:
     paths = clustered(tmp_path)
-    work = Resync.work
-
-    def auto_read_only(self: Resync) -> str | None:
-        return work(self) if self.state.foreground else None
 
     async def story() -> None:
         async with cluster_of(2, paths) as cluster:
@@ -607,7 +515,7 @@ def test_rule_13_a_survivor_that_never_wrote_repairs_at_once(tmp_path: Path, fla
             cluster.fence(await die_with_halves_apart(cluster, paths, [3]))
             await until(lambda: data_of(paths[0]) == data_of(paths[1]), patience(flawed))
 
-    with flaw(flawed, "never came to that", (Resync, "work", auto_read_only)):
+    with flaw(flawed, "never came to that", *patches_of("rule 13")):
         run(story())
 
 

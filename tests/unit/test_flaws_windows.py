@@ -31,23 +31,17 @@ from array_kit import (
 )
 from cluster_in_process import Node, cluster_of, settled
 from faulty_submitter import Fault
-from flaws import both_ways, flaw, patience
+from flaws import both_ways, flaw, patches_of, patience
 
 from clustermd.array.array import Array
 from clustermd.array.faults import Faults
 from clustermd.array.member_io import Shared, transfer
-from clustermd.array.ranges import Ranges
-from clustermd.array.repair import Repair
 from clustermd.array.request import Kind, Request
 from clustermd.array.resync import Resync
-from clustermd.array.sweep import Sweep
-from clustermd.array.windows import Windows
-from clustermd.array.write import WriteOp, Writer
+from clustermd.array.write import Writer
 from clustermd.cluster import life as life_module
-from clustermd.cluster.cluster import Cluster
 from clustermd.cluster.life import Life
 from clustermd.cluster.messages import SlotBlock
-from clustermd.cluster.slot_lock import OwnSlot
 from clustermd.device.member_device import Op
 from clustermd.errors import LockRefused, Refused
 
@@ -80,9 +74,6 @@ async def answered(answer: asyncio.Future[Request], limit_s: float = 10) -> None
 def test_f6_the_takeover_of_one_slot_leaves_the_window_of_another(tmp_path: Path, flawed: bool) -> None:
     paths = clustered(tmp_path)
 
-    def any_recovery_ends_it(self: Windows, slot: int) -> None:
-        self.clear()
-
     async def story() -> None:
         async with cluster_of(3, paths) as cluster:
             await settled(cluster)
@@ -95,7 +86,7 @@ def test_f6_the_takeover_of_one_slot_leaves_the_window_of_another(tmp_path: Path
                 assert not inside.done(), "a write went into a live window"
             await answered(inside)
 
-    with flaw(flawed, "into a live window", (Windows, "end", any_recovery_ends_it)):
+    with flaw(flawed, "into a live window", *patches_of("F6")):
         run(story())
 
 
@@ -105,11 +96,6 @@ def test_rule_4_the_window_of_a_dead_resyncer_ends_when_its_bits_are_merged_and_
 ) -> None:
     paths = clustered(tmp_path)
     start, length, _ = slot_area(paths[0], 0)
-    lost = Life.recover_slot
-
-    def ended_at_once(self: Life, slot: Any) -> None:
-        lost(self, slot)
-        self.array.end_window(slot.slot - 1)
 
     async def story() -> None:
         async with cluster_of(2, paths, faulty=True) as cluster:
@@ -128,7 +114,7 @@ def test_rule_4_the_window_of_a_dead_resyncer_ends_when_its_bits_are_merged_and_
             two.disks.release()
             await answered(inside)
 
-    with flaw(flawed, "before the bits were merged", (Life, "recover_slot", ended_at_once)):
+    with flaw(flawed, "before the bits were merged", *patches_of("rule 4")):
         run(story())
 
 
@@ -180,11 +166,6 @@ def test_f7_a_write_that_waited_for_something_looks_at_the_windows_again(
 @both_ways
 def test_f8_nothing_is_copied_in_a_window_that_was_not_acknowledged(tmp_path: Path, flawed: bool) -> None:
     paths = clustered(tmp_path)
-    announce = Cluster.announce
-
-    async def whatever_they_say(self: Cluster, lo: int, hi: int) -> None:
-        with suppress(LockRefused):
-            await announce(self, lo, hi)
 
     async def story() -> None:
         async with cluster_of(2, paths, faulty=True) as cluster:
@@ -206,21 +187,16 @@ def test_f8_nothing_is_copied_in_a_window_that_was_not_acknowledged(tmp_path: Pa
             await asyncio.wait_for(one.array.idle(), 10)
             assert refusals < 0, "copied in a window nobody keeps"
 
-    with flaw(flawed, "in a window nobody keeps", (Cluster, "announce", whatever_they_say)):
+    with flaw(flawed, "in a window nobody keeps", *patches_of("F8")):
         run(story())
 
 
 @both_ways
 def test_f21_a_joiner_that_cannot_read_a_window_does_not_serve(tmp_path: Path, flawed: bool) -> None:
     paths = clustered(tmp_path)
-    gather = Life._gather
 
     async def refuse(lockspace: Any, slot: int) -> SlotBlock:
         raise LockRefused("failed", "the test says so")
-
-    async def whatever_it_says(self: Life, slot: int) -> None:
-        with suppress(Refused):
-            await gather(self, slot)
 
     async def story() -> None:
         async with cluster_of(1, paths) as cluster:
@@ -237,7 +213,7 @@ def test_f21_a_joiner_that_cannot_read_a_window_does_not_serve(tmp_path: Path, f
                     await two.array.stop()
                     del cluster.nodes[2]
 
-    with flaw(flawed, "without knowing the window", (Life, "_gather", whatever_it_says)):
+    with flaw(flawed, "without knowing the window", *patches_of("F21")):
         run(story())
 
 
@@ -247,9 +223,6 @@ def test_i10_who_joins_in_the_middle_of_a_resync_keeps_out_of_its_window(
 ) -> None:
     """The block is written before the message: a joiner has only that."""
     paths = clustered(tmp_path)
-
-    async def no_block(self: OwnSlot, lo: int, hi: int) -> None:
-        return None
 
     async def story() -> None:
         async with cluster_of(1, paths) as cluster:
@@ -263,7 +236,7 @@ def test_i10_who_joins_in_the_middle_of_a_resync_keeps_out_of_its_window(
                 assert not inside.done(), "a joiner wrote into the window"
             await answered(inside)
 
-    with flaw(flawed, "wrote into the window", (OwnSlot, "set_window", no_block)):
+    with flaw(flawed, "wrote into the window", *patches_of("I10")):
         run(story())
 
 
@@ -273,10 +246,6 @@ def test_i10_who_joins_in_the_middle_of_a_resync_keeps_out_of_its_window(
 @both_ways
 def test_f34_writers_go_on_when_a_dead_resyncer_was_taken_over(tmp_path: Path, flawed: bool) -> None:
     paths = clustered(tmp_path)
-
-    def silently(self: Windows, slot: int) -> None:
-        self._by_slot.pop(slot, None)
-        self.any = bool(self._by_slot)
 
     async def story() -> None:
         async with cluster_of(2, paths) as cluster:
@@ -288,18 +257,13 @@ def test_f34_writers_go_on_when_a_dead_resyncer_was_taken_over(tmp_path: Path, f
             await cluster.kill(1)
             await answered(inside, patience(flawed))
 
-    with flaw(flawed, "TimeoutError", (Windows, "end", silently)):
+    with flaw(flawed, "TimeoutError", *patches_of("F34")):
         run(story())
 
 
 @both_ways
 def test_f38_a_slots_new_owner_clears_the_window_of_the_former_one(tmp_path: Path, flawed: bool) -> None:
     paths = clustered(tmp_path)
-    write = OwnSlot._write
-
-    async def not_when_it_joins(self: OwnSlot, block: SlotBlock) -> None:
-        if block != SlotBlock():
-            await write(self, block)
 
     async def story() -> None:
         async with cluster_of(2, paths) as cluster:
@@ -318,7 +282,7 @@ def test_f38_a_slots_new_owner_clears_the_window_of_the_former_one(tmp_path: Pat
             await three.client.write(0, b"3" * BLOCK)
             await keeper.unlock()
 
-    with flaw(flawed, "of an earlier life", (OwnSlot, "_write", not_when_it_joins)):
+    with flaw(flawed, "of an earlier life", *patches_of("F38")):
         run(story())
 
 
@@ -328,10 +292,6 @@ def test_f38_a_slots_new_owner_clears_the_window_of_the_former_one(tmp_path: Pat
 @both_ways
 def test_f35_a_degraded_node_that_leaves_hands_its_bits_over(tmp_path: Path, flawed: bool) -> None:
     paths = clustered(tmp_path)
-    leave = Life.leave
-
-    async def nothing_said(self: Life, handover: bool) -> None:
-        await leave(self, False)
 
     async def story() -> None:
         async with cluster_of(2, paths) as cluster:
@@ -345,7 +305,7 @@ def test_f35_a_degraded_node_that_leaves_hands_its_bits_over(tmp_path: Path, fla
             await until(lambda: dirty_chunks(paths[0], 1) == [3])
             assert two.array.state.the_bitmap().needed(3)
 
-    with flaw(flawed, "never came to that", (Life, "leave", nothing_said)):
+    with flaw(flawed, "never came to that", *patches_of("F35")):
         run(story())
 
 
@@ -400,11 +360,6 @@ def test_a_node_that_says_goodbye_is_taken_over_although_others_come_and_go_mean
 def test_f11_a_repair_does_not_write_old_data_over_another_nodes_write(tmp_path: Path, flawed: bool) -> None:
     paths = clustered(tmp_path)
 
-    async def as_if_alone(self: Repair) -> None:
-        while self._queue:
-            member, lo, hi = self._queue.pop(0)
-            await self._rewrite(member, lo, hi)
-
     async def story() -> None:
         async with cluster_of(2, paths, faulty=True) as cluster:
             await settled(cluster)
@@ -428,7 +383,7 @@ def test_f11_a_repair_does_not_write_old_data_over_another_nodes_write(tmp_path:
             await until(lambda: one.array.status().counters["read_errors_corrected"])
             assert data_of(paths[0])[:3] == data_of(paths[1])[:3] == b"new", "old data over a write"
 
-    with flaw(flawed, "old data over a write", (Repair, "_run", as_if_alone)):
+    with flaw(flawed, "old data over a write", *patches_of("F11")):
         run(story())
 
 
@@ -465,11 +420,6 @@ def test_rule_9_a_discard_goes_down_only_where_every_member_then_reads_zeroes(
 def test_rule_8_a_window_moves_only_past_copies_that_are_done(tmp_path: Path, flawed: bool) -> None:
     paths = clustered(tmp_path)
 
-    async def fire_and_forget(self: Resync, steps: list[tuple[int, int]], copy: Any) -> None:
-        tasks = [asyncio.ensure_future(copy(lo, hi)) for lo, hi in steps]
-        self.state.tasks.update(tasks)
-        await asyncio.sleep(0)
-
     async def story() -> None:
         async with cluster_of(2, paths, faulty=True) as cluster:
             await settled(cluster)
@@ -486,7 +436,7 @@ def test_rule_8_a_window_moves_only_past_copies_that_are_done(tmp_path: Path, fl
             assert covered, "the window moved over a copy in flight"
             await settled(cluster)
 
-    with flaw(flawed, "moved over a copy", (Resync, "_steps", fire_and_forget)):
+    with flaw(flawed, "moved over a copy", *patches_of("rule 8")):
         run(story())
 
 
@@ -495,9 +445,6 @@ def test_rule_8_a_window_moves_only_past_copies_that_are_done(tmp_path: Path, fl
 def test_rule_15_a_bit_goes_after_the_members_were_flushed(tmp_path: Path, what: str, flawed: bool) -> None:
     paths = make_images(tmp_path, delay=60)
     start, length, _ = slot_area(paths[0], 0)
-
-    async def no_flush(self: Any) -> bool:
-        return True
 
     async def story() -> None:
         async with running(paths, faulty=True) as (array, client):
@@ -519,9 +466,7 @@ def test_rule_15_a_bit_goes_after_the_members_were_flushed(tmp_path: Path, what:
                 settled_by = [io for io in disks.log[written:] if io.op is Op.FLUSH][:2]
                 assert len(settled_by) == 2, "cleared without a flush"
 
-    patches: list[tuple[object, str, Any]] = [(Sweep, "flush_members", no_flush)]
-    if what == "resync":
-        patches.append((Resync, "_flush_touched", no_flush))
+    patches = patches_of("rule 15") + (patches_of("rule 15b") if what == "resync" else ())
     with flaw(flawed, "without a flush|IndexError", *patches):
         run(story())
 
@@ -588,15 +533,7 @@ def test_rule_16_a_window_is_not_acknowledged_over_a_write_that_can_still_land(
                 await until(lambda: not two.array.state.ranges.count)
                 await one.array.coordinator.announce(0, WINDOW)
 
-    def frees_its_range(self: Writer, op: WriteOp, error: int) -> None:
-        self.in_flight.discard(op)
-        op.orphaned = True
-        op.request.buffer = None if op.abandoned else op.request.buffer
-        self._let_go(op, True)
-        op.request.error = error
-        op.request.owner.completed(op.request)
-
-    with flaw(flawed, "can still land", (Writer, "finish", frees_its_range)):
+    with flaw(flawed, "can still land", *patches_of("rule 16b")):
         run(story())
 
 
@@ -643,13 +580,6 @@ def test_rule_17_an_answer_waits_until_every_node_knows_of_the_fault(
     paths = clustered(tmp_path)
     start, length, _ = slot_area(paths[0], 0)
 
-    def answer_at_once(self: Faults, op: WriteOp) -> None:
-        self.fail(op.failed, "a write failed")
-        self._answer(op, self._verdict(op))
-
-    async def at_once(self: Faults) -> int:
-        return 0
-
     async def story() -> None:
         async with cluster_of(2, paths, faulty=True) as cluster:
             await settled(cluster)
@@ -676,8 +606,7 @@ def test_rule_17_an_answer_waits_until_every_node_knows_of_the_fault(
             assert (await asyncio.wait_for(answer, 10)).error == 0
             assert two.array.members()[1].faulty, "answered before the other node knows"
 
-    patches = [(Faults, "settle", answer_at_once), (Faults, "recorded", at_once)]
-    with flaw(flawed, "before the other node knows", *patches):
+    with flaw(flawed, "before the other node knows", *patches_of("rule 17")):
         run(story())
 
 
@@ -686,9 +615,6 @@ def test_rule_18_overlapping_writes_of_one_node_do_not_overtake_one_another(
     tmp_path: Path, flawed: bool
 ) -> None:
     paths = make_images(tmp_path, delay=60)
-
-    def nobody(self: Ranges, lo: int, hi: int) -> None:
-        return None
 
     async def story() -> None:
         async with running(paths, faulty=True) as (array, client):
@@ -706,20 +632,13 @@ def test_rule_18_overlapping_writes_of_one_node_do_not_overtake_one_another(
             await answered(second)
             assert data_of(paths[0]) == data_of(paths[1]), "one order on one member, another on the other"
 
-    with flaw(flawed, "one order on one member", (Ranges, "overlapping", nobody)):
+    with flaw(flawed, "one order on one member", *patches_of("rule 18")):
         run(story())
 
 
 @both_ways
 def test_rule_19_a_flush_covers_every_member(tmp_path: Path, flawed: bool) -> None:
     paths = make_images(tmp_path, delay=60)
-    take = Array._flush
-
-    def first_only(self: Array, request: Request) -> None:
-        state = self.state
-        all_of_them, state.writable = state.writable, state.writable[:1]
-        take(self, request)
-        state.writable = all_of_them
 
     async def story() -> None:
         async with running(paths, faulty=True) as (array, client):
@@ -735,5 +654,5 @@ def test_rule_19_a_flush_covers_every_member(tmp_path: Path, flawed: bool) -> No
             flushed = {io.path for io in disks.log[before:] if io.op is Op.FLUSH}
             assert flushed == {str(path) for path in paths}
 
-    with flaw(flawed, "before every member was flushed", (Array, "_flush", first_only)):
+    with flaw(flawed, "before every member was flushed", *patches_of("rule 19")):
         run(story())

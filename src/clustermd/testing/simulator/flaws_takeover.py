@@ -26,7 +26,7 @@ async def _join_and_gather_first(self: Any, name: str) -> None:
     """The pages of the own slot are still blank while other slots' bits are put into them."""
     array = self.array
     self._lockspace = await self.link.join(name, self, array.nodes)
-    self.channel = Channel(self._lockspace, self.trace, self._handle)
+    self.channel = Channel(self._lockspace, self.trace, self._handle, array.awaits_all, array.followed)
     self._joined = True
     self.trace.point("join.member", slot=self.slot, nodes=array.nodes)
     await self.channel.open(array.prepare_join)
