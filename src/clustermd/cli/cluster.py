@@ -12,9 +12,12 @@ from clustermd.cli.command import UsageError
 from clustermd.cli.output import show
 
 _FENCE = "clustermd.cli.cluster_fence"
+_STATUS = "clustermd.cli.cluster_status"
 SUBCOMMANDS = {
     "setup": "clustermd.cli.cluster_setup",
-    "status": "clustermd.cli.cluster_status",
+    "status": _STATUS,
+    "start": _STATUS,
+    "stop": _STATUS,
     "fence-ack": _FENCE,
     "fence-test": _FENCE,
 }
@@ -25,6 +28,8 @@ word.
 _HELP = """\
 Usage: clustermd cluster setup NODE=ADDRESS[,ADDRESS2] ...   write a corosync.conf and an authkey
        clustermd cluster status [--json]                     ring, quorum, members, fencing, and why anything waits
+       clustermd cluster start                               take this node into its cluster
+       clustermd cluster stop [--force]                      take it out
        clustermd cluster fence-ack NODE                      say that a lost node is switched off: you looked
        clustermd cluster fence-test [NODE]                   would fencing work?
 
@@ -43,5 +48,5 @@ def run(words: Sequence[str]) -> int:
     if name not in SUBCOMMANDS:
         raise UsageError(f"cluster knows no {name!r}, only: {', '.join(SUBCOMMANDS)}")
     module = importlib.import_module(SUBCOMMANDS[name])
-    status: int = module.run([name, *rest] if SUBCOMMANDS[name] == _FENCE else rest)
+    status: int = module.run([name, *rest] if SUBCOMMANDS[name] in (_FENCE, _STATUS) else rest)
     return status
