@@ -199,6 +199,17 @@ def test_a_fresh_cluster_waits_for_all_configured_nodes_and_fences_the_absent_af
     assert one.of("fenced") == [(3, 0, "off")]
 
 
+def test_who_was_fenced_is_not_fenced_again_while_its_proof_is_on_its_way() -> None:
+    ring, (one, _, three_) = three()
+    ring.lose(three_)
+    ring.run()
+    one.group.fence_done(3, "off")
+    one.group.tick()
+    assert [victim.node for victim in one.fencing] == [3]
+    ring.run()
+    assert one.of("fenced") == [(3, 1, "off")]
+
+
 def test_an_absent_node_that_comes_needs_no_fencing() -> None:
     ring = Ring(3)
     nodes = ring.start(1, 2)

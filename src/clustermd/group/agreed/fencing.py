@@ -19,7 +19,10 @@ from clustermd.group.agreed.hello import Key, Life
 
 @dataclass(frozen=True, slots=True)
 class Victim:
-    """A node that is to be fenced, and since when (boot clock of the actor) it is known to be lost."""
+    """A node that is to be fenced, and since when (boot clock of the actor) it is known to be lost.
+
+    Fencing ends this `incarnation`, never the node's next one (dlm.md 6.8, 10 and 11).
+    """
 
     node: int
     name: str
@@ -116,7 +119,11 @@ class Fencing:
     def act(self, now_s: float) -> None:
         """Begin what is this node's task by now, stop what is not any more."""
         for node in sorted({key[0] for key in self.lost} | set(self._at_work)):
-            mine = self._actor(node) == self._me and not self._waits(node, now_s)
+            mine = (
+                self._actor(node) == self._me
+                and not self._waits(node, now_s)
+                and not self._proofs.keys() >= {key for key in self.lost if key[0] == node}
+            )
             if mine and node not in self._at_work:
                 first = min(self._of(node), key=lambda lost: lost.since_s)
                 victim = Victim(node, first.life.member.name, first.life.member.incarnation, first.since_s)
