@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,12 +69,22 @@ class Process:
 
 
 class LocalCluster:
-    """Several nodes in one directory. `environment` is added to that of every command."""
+    """Several nodes in one directory. `environment` is added to that of every command.
 
-    def __init__(self, environment: dict[str, str] | None = None, base: str = "/tmp") -> None:
+    `enter(node, command)` is the command line that runs `command` where that node is, for nodes that are more than
+    a name: in a network namespace, say. It must keep the process id.
+    """
+
+    def __init__(
+        self,
+        environment: dict[str, str] | None = None,
+        base: str = "/tmp",
+        enter: Callable[[str, list[str]], list[str]] = lambda node, command: command,
+    ) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="cmd-", dir=base))
         self.run_directory = self.directory / "run"
         self.environment = environment or {}
+        self.enter = enter
         self._started: list[subprocess.Popen[bytes]] = []
         self._nodes: dict[str, Node] = {}
 
@@ -187,7 +197,7 @@ class Node:
         # A file, not a pipe: daemons that inherit the stream must not keep us waiting for its end.
         with tempfile.TemporaryFile() as output:
             program = subprocess.Popen(
-                command,
+                self.cluster.enter(self.name, command),
                 env=os.environ | self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -207,6 +217,12 @@ class Node:
                 f"{self.cluster.logs()}"
             )
         return text
+
+    def start_lockd(self) -> subprocess.Popen[bytes]:
+        """Start this node's lockd, as an init system does where nobody who needs one starts it."""
+        log = self.rundir.make() / "lockd.log"
+        command = [sys.executable, "-P", "-m", "clustermd.lockd"]
+        return self.cluster.start(self.cluster.enter(self.name, command), self.environment, log=str(log))
 
     def files(self, array: str = "md0") -> ArrayFiles:
         return ArrayFiles.of(self.rundir, array)
