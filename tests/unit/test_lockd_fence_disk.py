@@ -14,13 +14,13 @@ import pytest
 from clustermd.clock import SystemClock
 from clustermd.conf import Conf
 from clustermd.errors import BadBytes, Refused
+from clustermd.group.agreed.fencing import Victim
 from clustermd.group.process import start_time
 from clustermd.group.process_group import Member
 from clustermd.lockd.fencing.device import DeviceFencer
 from clustermd.lockd.fencing.fence_disk import BLOCK_BYTES, SIZE_BYTES, SLOTS, Beat, FenceDisk, Pill
 from clustermd.lockd.fencing.make import make_fencer
 from clustermd.lockd.fencing.self_fence import self_fence
-from clustermd.lockd.fencing.victim import Victim
 from clustermd.lockd.fencing.watch import DeviceWatch
 
 LIMIT_S = 30.0
@@ -59,7 +59,7 @@ def disk(path: str) -> Any:
 
 
 def test_blocks_come_back_as_they_were_written(disk: FenceDisk) -> None:
-    beat, pill = Beat(7, "node7", 2**64 - 1, 9), Pill(7, 5, 1, 6, "nöde1")
+    beat, pill = Beat(7, "node7", 2**64 - 1, 9), Pill(7, 5, "nöde1")
     assert disk.beat(7) is None and disk.pill(7) is None
     disk.write_beat(beat)
     disk.write_pill(pill)
@@ -74,13 +74,13 @@ def test_blocks_come_back_as_they_were_written(disk: FenceDisk) -> None:
 
 def test_a_number_without_a_slot_is_refused_with_the_remedy(disk: FenceDisk) -> None:
     with pytest.raises(Refused, match=r"0 to 1023, not for 1024.*nodeid in corosync.conf"):
-        disk.write_pill(Pill(1024, 1, 1, 1, "x"))
+        disk.write_pill(Pill(1024, 1, "x"))
     with pytest.raises(Refused):
         disk.pill(-1)
 
 
 def test_a_torn_or_foreign_block_is_no_message(disk: FenceDisk) -> None:
-    disk.write_pill(Pill(2, 5, 1, 6, "node1"))
+    disk.write_pill(Pill(2, 5, "node1"))
     with open(disk.path, "r+b") as file:
         file.seek(BLOCK_BYTES * 6 + 40)
         file.write(b"\xff")
@@ -180,16 +180,33 @@ def test_a_lost_node_reads_its_message_and_ends_and_the_proof_comes_after_its_ti
         began = time.monotonic()
         proof = await fencer.fence(Victim(2, "node2", TWO.incarnation, 0.0))
         assert time.monotonic() - began >= fencer.wait_s == 2.2
-        assert "node1 (node 1) says so" in node.ended and "told to end" in proof
+        assert "node1 says so" in node.ended and "told to end" in proof
         assert node.until_s < SystemClock().boottime_s() - 0.2, "it could have submitted after the proof"
         await watching
 
     run(story())
 
 
+def test_the_message_names_the_life_that_gives_heartbeats_there(disk: FenceDisk) -> None:
+    """Of two lost lives, the one that may still act; and the one whose number nobody knows."""
+
+    async def story(known: int) -> None:
+        node = Node(disk, Member(2, 0x3333, "node2"))
+        await node.watch.claim()
+        watching = asyncio.create_task(node.watch.run())
+        fencing = asyncio.create_task(_fencer(disk).fence(Victim(2, "node2", known, 0.0)))
+        await watching
+        assert "says so" in node.ended
+        fencing.cancel()
+
+    run(story(0x2222))
+    disk.write_pill(Pill(2, 1, "nobody"))
+    run(story(0))
+
+
 def test_the_next_life_of_a_node_does_not_obey_a_message_to_the_last(disk: FenceDisk) -> None:
     async def story() -> None:
-        disk.write_pill(Pill(2, 0x9999, 1, 1, "node1"))
+        disk.write_pill(Pill(2, 0x9999, "node1"))
         node = Node(disk, TWO)
         await node.watch.claim()
         watching = asyncio.create_task(node.watch.run())

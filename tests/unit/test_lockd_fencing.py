@@ -14,11 +14,11 @@ import pytest
 
 from clustermd.conf import FenceAgent
 from clustermd.errors import Refused
+from clustermd.group.agreed.fencing import Victim
 from clustermd.lockd.fencing.agent import AgentFencer
 from clustermd.lockd.fencing.lease import LeaseFencer
 from clustermd.lockd.fencing.none import NoFencer
 from clustermd.lockd.fencing.stonith import StonithFencer
-from clustermd.lockd.fencing.victim import Victim
 
 VICTIM = Victim(3, "node3", 0xABCD, 1000.0)
 LIMIT_S = 20.0

@@ -14,8 +14,8 @@ import shutil
 
 from clustermd.conf import FenceAgent
 from clustermd.errors import Refused
+from clustermd.group.agreed.fencing import Victim
 from clustermd.lockd.fencing.program import Outcome, run_program
-from clustermd.lockd.fencing.victim import Victim
 
 AGENT_PATH = "/usr/sbin:/usr/local/sbin:/sbin"
 _STATUS_OFF = 2  # FenceAgentAPI: what `status` ends with for a node that is off

@@ -1,8 +1,12 @@
 """`fence = "device"`: a message on a small shared disk makes the lost node end itself.
 
-Who fences writes "off", with the victim's incarnation, into the block that the victim's lockd reads every second
-(`watch`). A node that reads it, or cannot read the disk for `watchdog_s` (W), ends its array processes. And even one
-whose lockd is dead or stopped stops writing: its lease runs for W from the *start* of the last good look at the disk.
+Who fences writes "off" into the block that the victim's lockd reads every second (`watch`). A node that reads it,
+or cannot read the disk for `watchdog_s` (W), ends its array processes. And even one whose lockd is dead or stopped
+stops writing: its lease runs for W from the *start* of the last good look at the disk.
+
+The message names the life that gave the last heartbeat there. That is the one that may still act: a lockd gives a
+heartbeat before it acts at all, the victim may have had several lost lives, and of a node that was not seen since
+the cluster started nobody knows which life it lives. One that begins later does not obey it (dlm.md 6.8, 10, 11).
 
 So the proof is a wait. Whatever look started before the message was durable gives leave for W more; every later
 look sees the message. After W, counted by the victim's clock, nothing passes its gate; D (`device_bound_s`) is
@@ -19,10 +23,10 @@ from typing import TypeVar
 
 from clustermd.clock import Clock
 from clustermd.errors import BadBytes, Refused
+from clustermd.group.agreed.fencing import Victim
 from clustermd.group.process_group import Member
 from clustermd.group.proof import beside_loop
 from clustermd.lockd.fencing.fence_disk import Beat, FenceDisk, Pill
-from clustermd.lockd.fencing.victim import Victim
 from clustermd.lockd.fencing.watch import DeviceWatch
 
 CHECK_S = 2.5
@@ -63,7 +67,8 @@ class DeviceFencer:
             raise self._failed(
                 victim, f"its number {victim.node} is used by {beat.name}: two nodes have one nodeid"
             )
-        pill = Pill(victim.node, victim.incarnation, me.node, me.incarnation, me.name)
+        incarnation = beat.incarnation if beat is not None else victim.incarnation
+        pill = Pill(victim.node, incarnation, me.name)
         await self._try(lambda: disk.write_pill(pill), victim)
         written_s = self._clock.boottime_s()
         if await self._try(lambda: disk.pill(victim.node), victim) != pill:

@@ -37,8 +37,8 @@ _VERSION = 1
 _HEADER = struct.Struct("<8sII16s476x")
 # magic, uuid, node, (zero), incarnation, count, name
 _BEAT = struct.Struct("<8s16sI4xQQ64s396x")
-# magic, uuid, node, sender, incarnation, incarnation of the sender, name of the sender
-_PILL = struct.Struct("<8s16sIIQQ64s396x")
+# magic, uuid, node, (zero), incarnation, name of the sender
+_PILL = struct.Struct("<8s16sI4xQ64s404x")
 _SEAL = struct.Struct("<I")
 _BEAT_MAGIC, _PILL_MAGIC = b"CMDFBEAT", b"CMDFPILL"
 _TAIL_BYTES = 1 << 20
@@ -57,13 +57,11 @@ class Beat:
 
 @dataclass(frozen=True, slots=True)
 class Pill:
-    """The message "off" to one life of a node."""
+    """The message "off" to one life of a node, from the node of the name `sender`."""
 
     node: int
     incarnation: int
-    sender: int
-    sender_incarnation: int
-    sender_name: str
+    sender: str
 
 
 class FenceDisk:
@@ -147,20 +145,12 @@ class FenceDisk:
         body = self._read(2 + 2 * node, _PILL_MAGIC, f"the message to node {node}")
         if body is None:
             return None
-        _, _, number, sender, incarnation, sender_incarnation, name = _PILL.unpack(body)
-        return Pill(number, incarnation, sender, sender_incarnation, _text(name))
+        _, _, number, incarnation, sender = _PILL.unpack(body)
+        return Pill(number, incarnation, _text(sender))
 
     def write_pill(self, pill: Pill) -> None:
         """Raises OSError."""
-        body = _PILL.pack(
-            _PILL_MAGIC,
-            self._uuid,
-            pill.node,
-            pill.sender,
-            pill.incarnation,
-            pill.sender_incarnation,
-            _name(pill.sender_name),
-        )
+        body = _PILL.pack(_PILL_MAGIC, self._uuid, pill.node, pill.incarnation, _name(pill.sender))
         _write(self._fd, self._offset(2 + 2 * pill.node), body)
 
     def beats(self) -> list[Beat]:

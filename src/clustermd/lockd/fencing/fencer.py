@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from clustermd.lockd.fencing.victim import Victim
+from clustermd.group.agreed.fencing import Victim
 
 
 class Fencer(Protocol):
@@ -23,7 +23,7 @@ class Fencer(Protocol):
     unsafe: str
 
     async def fence(self, victim: Victim) -> str:
-        """Return when `victim` can write nothing more: the proof, in words.
+        """Return when no lost life of `victim`'s node can write anything more: the proof, in words.
 
         Raises Refused ("fence-failed") with the reason; nothing is known then. May take minutes and be cancelled.
         """

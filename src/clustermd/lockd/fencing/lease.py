@@ -14,7 +14,7 @@ import asyncio
 import logging
 
 from clustermd.clock import Clock
-from clustermd.lockd.fencing.victim import Victim
+from clustermd.group.agreed.fencing import Victim
 
 log = logging.getLogger("clustermd.lockd")
 

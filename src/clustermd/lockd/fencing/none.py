@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clustermd.lockd.fencing.victim import Victim
+from clustermd.group.agreed.fencing import Victim
 
 
 class NoFencer:

@@ -11,8 +11,8 @@ import logging
 import shutil
 
 from clustermd.errors import Refused
+from clustermd.group.agreed.fencing import Victim
 from clustermd.lockd.fencing.program import Outcome, run_program
-from clustermd.lockd.fencing.victim import Victim
 
 STONITH_ADMIN = "stonith_admin"
 _SEARCH = "/usr/sbin:/sbin:/usr/bin"

@@ -58,7 +58,7 @@ class DeviceWatch:
         """For how long no look has succeeded."""
 
     async def claim(self) -> None:
-        """Take this node's slot. Raises Refused ("no-fence-device", "fence-slot-taken")."""
+        """Take this node's slot, with a first heartbeat. Raises Refused ("no-fence-device", "fence-slot-taken")."""
         me, disk = self._me, self._disk
         try:
             beat = await self._bounded(lambda: disk.beat(me.node))
@@ -80,7 +80,7 @@ class DeviceWatch:
             raise Refused("no-fence-device", f"the fence device {disk.path} {why}", path=disk.path) from error
 
     async def run(self) -> None:
-        """Look until this node has to end. `claim` comes first."""
+        """Look until this node has to end."""
         try:
             while True:
                 began_s = self._clock.monotonic_s()
@@ -119,7 +119,7 @@ class DeviceWatch:
             return ""
         self.trouble = ""
         if pill is not None and pill.incarnation == self._me.incarnation:
-            return f"{pill.sender_name} (node {pill.sender}) says so on {self._disk.path}"
+            return f"{pill.sender} says so on {self._disk.path}"
         self._renew(self._looking_since_s + self._watchdog_s)
         return ""
 
