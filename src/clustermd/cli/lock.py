@@ -47,7 +47,7 @@ def run(words: Sequence[str]) -> int:
     except Refused as refusal:
         return _refused(options, refusal)
     try:
-        guard = start_guard(options.command)
+        guard = start_guard(options.command, proof.bury)
         try:
             return asyncio.run(_Holder(options, rundir, proof, guard, bounds).live())
         finally:

@@ -24,7 +24,7 @@ import select
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from clustermd.cli.output import PROGRAM
@@ -53,8 +53,11 @@ class Guard:
             self.link.send(" ".join(map(str, words)).encode())
 
 
-def start_guard(command: Sequence[str]) -> Guard:
-    """Fork the guard of `command`, which it runs when told. To be called before any thread or event loop exists."""
+def start_guard(command: Sequence[str], bury: Callable[[], None]) -> Guard:
+    """Fork the guard of `command`, which it runs when told. To be called before any thread or event loop exists.
+
+    The guard calls `bury()` when it has outlived this process, and everything is gone.
+    """
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     before = {number: signal.getsignal(number) for number in (*_TERMINAL, signal.SIGTERM, signal.SIGHUP)}
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -65,7 +68,7 @@ def start_guard(command: Sequence[str]) -> Guard:
         status = 70
         try:
             ours.close()
-            status = _guard(theirs, command, before)
+            status = _guard(theirs, command, before, bury)
         except BaseException as error:
             print(f"{PROGRAM}: the guard of the command failed: {error!r}", file=sys.stderr, flush=True)
             end_descendants()
@@ -116,7 +119,12 @@ def children(parent: int | None = None) -> frozenset[int]:
     return frozenset(found)
 
 
-def _guard(link: socket.socket, command: Sequence[str], before: Mapping[signal.Signals, object]) -> int:
+def _guard(
+    link: socket.socket,
+    command: Sequence[str],
+    before: Mapping[signal.Signals, object],
+    bury: Callable[[], None],
+) -> int:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     for number in before:
         signal.signal(number, signal.SIG_IGN)
@@ -133,10 +141,14 @@ def _guard(link: socket.socket, command: Sequence[str], before: Mapping[signal.S
             case [b"signal", text]:
                 # the child is not awaited yet, so the number is still its own
                 os.kill(pid, int(text))
-            case _:
+            case [b"end"]:
                 end_descendants()
                 with contextlib.suppress(OSError):
                     link.send(b"gone")
+                return 0
+            case _:
+                end_descendants()
+                bury()
                 return 0
 
 

@@ -10,6 +10,7 @@ locks go on to others when the last of these has ended, or when the file is unlo
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from clustermd.device import witness
 from clustermd.device.direct import identity
@@ -26,6 +27,7 @@ class WitnessFile:
 
     def __init__(self, rundir: RunDir) -> None:
         directory = rundir.make()
+        _remove_those_of_the_dead(directory)
         number = 0
         while True:
             self.path = directory / f"locks.{os.getpid()}{f'.{number}' if number else ''}"
@@ -52,6 +54,10 @@ class WitnessFile:
             witness.release(self._fd, self._offset)
             self._offset = -1
 
+    def bury(self) -> None:
+        """Remove the file of a process that is dead, in a child of it, whose end then releases the lock."""
+        self.path.unlink(missing_ok=True)
+
     def close(self) -> None:
         """Release it, and remove the file. May be called again."""
         if self._fd >= 0:
@@ -59,3 +65,11 @@ class WitnessFile:
             self.path.unlink(missing_ok=True)
             os.close(self._fd)
             self._fd = -1
+
+
+def _remove_those_of_the_dead(directory: Path) -> None:
+    """Who was killed leaves its file. A lock on it that lives on in a child is found without its name, too."""
+    for path in directory.glob("locks.*"):
+        pid = path.name.split(".")[1]
+        if pid.isdigit() and start_time(int(pid)) is None:
+            path.unlink(missing_ok=True)
