@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from clustermd.dlm.agreement import ACK_EVERY
+from clustermd.dlm.machine import Machine
 from clustermd.dlm.messages import CONFIG
 from clustermd.dlm.modes import Flag, Mode
 from clustermd.group.process_group import Left
@@ -98,6 +101,21 @@ def test_a_newcomer_gets_the_state_in_parts_and_goes_on_with_it() -> None:
     cluster.check_quiet()
     resource = newcomer.replica.status()["lockspaces"][SPACE]["resources"]["resource7"]
     assert [lock["wants"] for lock in resource["waiting"]] == ["EX"]
+
+
+def test_a_snapshot_that_was_damaged_on_its_way_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(2)
+    a, _ = joined(cluster, 1, 2)
+    request(a, Mode.EX)
+    cluster.settle()
+    whole = Machine.dump_sealed
+    # the byte that is flipped is of a name: a state that can be read, and is another one
+    monkeypatch.setattr(Machine, "dump_sealed", lambda machine: whole(machine).replace(b"token", b"tokem"))
+    newcomer = cluster.start(3)
+    cluster.group.view()
+    cluster.settle()
+    assert not newcomer.replica.installed
+    assert any("damaged" in str(event) for event in newcomer.events)
 
 
 def test_members_that_missed_the_last_messages_apply_them_and_lose_no_completion() -> None:

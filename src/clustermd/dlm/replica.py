@@ -301,7 +301,7 @@ class Replica:
                 if plan.behind:
                     self._to_send.extend(in_parts("tail", self._view.ring, tail, group.max_payload))
                 if plan.fresh:
-                    state = self._machine.dump()
+                    state = self._machine.dump_sealed()
                     self._to_send.extend(in_parts("snapshot", self._view.ring, state, group.max_payload))
         else:
             self._phase = Phase.FETCHING
@@ -357,7 +357,7 @@ class Replica:
         self._parts = {}
         try:
             if word == "snapshot":
-                self._machine.load(whole)
+                self._machine.load_sealed(whole)
             else:
                 self._catch_up(whole)
         except BadBytes as error:

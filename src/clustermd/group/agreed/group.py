@@ -137,7 +137,8 @@ class AgreedGroup:
         self._number = 0
         self._index = 0
         self._stability = Stability({}, self._majority)
-        self._owed = self._settled = 0
+        self._owed = self._unsaid = self._settled = 0
+        self._at_once: dict[Key, bool] = {}
         self._acked: tuple[int, bool] = (0, False)
         self._lease: Lease | None = None
         self._unbroken = True
@@ -265,6 +266,9 @@ class AgreedGroup:
         self._last_tick_s = monotonic_s
         self._ticked_s += elapsed_s
         self._fencing.act(now_s)
+        if self._unsaid > self._acked[0]:
+            self._owed = self._unsaid
+            self.swept()
         self._beat(now_s)
         self._watch(elapsed_s)
 
@@ -402,7 +406,8 @@ class AgreedGroup:
         lost = [life for life, reason_left in change.left if reason_left is Left.LOST]
         self._tag = tag
         self.frozen = ""
-        self._index = self._owed = self._settled = 0
+        self._index = self._owed = self._unsaid = self._settled = 0
+        self._at_once = {}
         self._acked = (0, False)
         self._under_way.clear()
         votes = _votes(members, self._nodes)
@@ -477,7 +482,13 @@ class AgreedGroup:
         self._index += 1
         events.on_message(self._index, sender, data[OVERHEAD_BYTES:])
         if sender != self.me:
-            self._owed = self._index
+            self._unsaid = self._index
+            key = (sender.node, sender.incarnation)
+            at_once = self._at_once.get(key)
+            if at_once is None:
+                at_once = self._at_once[key] = self._stability.answers_at_once(key, self._life.key)
+            if at_once:
+                self._owed = self._index
         self._told((sender.node, sender.incarnation), self._index, False)
 
     def _on_ack(self, peer: Peer, data: bytes) -> None:

@@ -33,6 +33,24 @@ class Stability:
         if member in self._votes:
             self._told[member] = (max(before, index), kept or keeps)
 
+    def answers_at_once(self, sender: Key, member: Key) -> bool:
+        """Whether `member` should acknowledge a message of `sender` without delay: only as many do as a majority needs.
+
+        These are the next after the sender; the others' word is late, and counts where one of these is silent.
+        """
+        order = sorted(self._votes)
+        if sender not in self._votes or sum(self._votes.values()) < self._majority:
+            return True
+        start = order.index(sender)
+        votes = self._votes[sender]
+        for key in order[start + 1 :] + order[:start]:
+            if votes >= self._majority:
+                return False
+            if key == member:
+                return True
+            votes += self._votes[key]
+        return False
+
     def behind(self, index: int) -> set[Key]:
         """Members that have not said that they had messages up to `index`."""
         return {key for key, (told, _) in self._told.items() if told < index}

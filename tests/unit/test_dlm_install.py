@@ -1,0 +1,147 @@
+"""Who may go on with the lock state where memory is all there is: majorities, remainders and forked histories."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+from clustermd.dlm.install import Install, plan_install
+from clustermd.dlm.messages import Start
+from clustermd.group.process_group import Member, View
+
+Key = tuple[int, int]
+EPOCH = 5
+
+
+def history(*entries: str) -> tuple[bytes, ...]:
+    """The hashes after each entry, from the empty history on."""
+    hashes = [bytes(16)]
+    for entry in entries:
+        hashes.append(blake2b(hashes[-1] + entry.encode(), digest_size=16).digest())
+    return tuple(hashes)
+
+
+def start(
+    *entries: str,
+    epoch: int = EPOCH,
+    members: tuple[int, ...] = (1, 2, 3),
+    shown: int = 0,
+    unbroken: bool = True,
+    unfenced: tuple[Key, ...] = (),
+    has_state: bool = True,
+) -> Start:
+    hashes = history(*entries)
+    return Start(
+        has_state=has_state,
+        epoch=epoch if has_state else 0,
+        applied=len(entries),
+        chain=hashes[-1],
+        digest=b"of " + hashes[-1],
+        members=tuple((node, 1) for node in members),
+        left=(),
+        fenced=(),
+        unfenced=unfenced,
+        shown=shown,
+        recent=hashes[:-1],
+        unbroken=unbroken,
+    )
+
+
+def fresh(**options: object) -> Start:
+    return start(has_state=False, members=(), **options)  # type: ignore[arg-type]
+
+
+def plan(starts: dict[int, Start], configured: int = 3, proved: tuple[Key, ...] = ()) -> Install | str:
+    members = tuple(Member(node, 1, f"node{node}") for node in sorted(starts))
+    view = View((9, 8, 1), members, (), (), True, (1,) * len(members), configured // 2 + 1)
+    return plan_install(
+        view, {(node, 1): told for node, told in starts.items()}, dict.fromkeys(proved, "off")
+    )
+
+
+def goes_on(outcome: Install | str) -> Install:
+    assert isinstance(outcome, Install), outcome
+    return outcome
+
+
+def test_a_majority_that_kept_its_state_goes_on_while_a_lost_node_is_not_proved_dead() -> None:
+    told = goes_on(plan({1: start("a", unfenced=((3, 1),)), 2: start("a", unfenced=((3, 1),))}))
+    assert told.current == ((1, 1), (2, 1)) and not told.foreign
+
+
+def test_fresh_nodes_are_no_majority_over_one_that_kept_an_older_state() -> None:
+    lost = ((2, 7), (3, 7))
+    waits = plan({1: start("a", unbroken=False, unfenced=lost), 2: fresh(), 3: fresh()})
+    assert isinstance(waits, str) and "node 2, 3" in waits
+    told = goes_on(plan({1: start("a", unbroken=False, unfenced=lost), 2: fresh(), 3: fresh()}, proved=lost))
+    assert (1, 1) in told.foreign and not told.members, "it starts anew, then all are fresh"
+
+
+def test_a_remainder_that_always_had_quorum_goes_on_when_the_lost_are_proved_dead() -> None:
+    lost = ((2, 1),)
+    assert "node 2" in str(plan({1: start("a", members=(1, 2), unfenced=lost)}, configured=2))
+    told = goes_on(plan({1: start("a", members=(1, 2), unfenced=lost)}, configured=2, proved=lost))
+    assert told.current == ((1, 1),)
+
+
+def test_nobody_with_state_waits_for_whoever_may_live_and_then_begins() -> None:
+    absent = ((3, 0),)
+    assert "node 3" in str(plan({1: fresh(unfenced=absent), 2: fresh()}))
+    told = goes_on(plan({1: fresh(unfenced=absent), 2: fresh()}, proved=absent))
+    assert told.authority is None and told.current == ((1, 1), (2, 1))
+
+
+def test_who_was_cut_off_with_more_of_its_own_is_foreign_to_the_majority() -> None:
+    told = goes_on(plan({1: start("a", "x"), 2: start("a", "x"), 3: start("a", "mine", "mine too")}))
+    assert told.authority in ((1, 1), (2, 1)) and set(told.foreign) == {(3, 1)}
+
+
+def test_of_a_fork_the_side_that_showed_something_past_it_is_right() -> None:
+    lost = ((2, 1),)
+    told = goes_on(
+        plan(
+            {
+                1: start("a", "x", shown=2, unfenced=lost),
+                3: start("a", "mine", "mine too", shown=1, unfenced=lost),
+            }
+        )
+    )
+    assert told.authority == (1, 1) and set(told.foreign) == {(3, 1)}
+    told = goes_on(
+        plan({1: start("a", "x", shown=1, unfenced=lost), 3: start("a", "mine", shown=2, unfenced=lost)})
+    )
+    assert told.authority == (3, 1) and set(told.foreign) == {(1, 1)}
+
+
+def test_a_fork_that_nobody_present_can_decide_waits_for_the_absent() -> None:
+    lost = ((2, 1),)
+    sides = {1: start("a", "x", shown=1, unfenced=lost), 3: start("a", "mine", shown=1, unfenced=lost)}
+    waits = plan(sides)
+    assert isinstance(waits, str) and "node 2" in waits and "side" in waits
+    assert goes_on(plan(sides, proved=lost)).authority == (1, 1)
+
+
+def test_who_has_a_part_of_the_history_gets_the_rest() -> None:
+    told = goes_on(plan({1: start("a"), 2: start("a", "b", "c"), 3: start("a", "b")}))
+    assert told.authority == (2, 1) and told.behind == ((1, 1), (3, 1)) and not told.foreign
+
+
+def test_a_newer_epoch_is_right_however_short() -> None:
+    told = goes_on(
+        plan(
+            {
+                1: start("a", "b", epoch=6, members=(1, 2)),
+                2: start("a", "b", epoch=6, members=(1, 2)),
+                3: start("a", "x", "y", "z"),
+            }
+        )
+    )
+    assert told.epoch == 7 and "went on without" in told.foreign[3, 1]
+
+
+def test_one_history_with_two_states_goes_by_votes() -> None:
+    other = start("a")
+    damaged = Start(
+        *(b"another" if name == "digest" else getattr(other, name) for name in Start.__dataclass_fields__)
+    )
+    told = goes_on(plan({1: damaged, 2: start("a"), 3: start("a")}))
+    assert set(told.foreign) == {(1, 1)} and told.authority == (2, 1)
