@@ -20,6 +20,7 @@ SUBCOMMANDS = {
     "stop": _STATUS,
     "fence-ack": _FENCE,
     "fence-test": _FENCE,
+    "fence-device": _FENCE,
 }
 """Modules with `run(words) -> exit status`; the one of several subcommands gets the subcommand as its first
 word.
@@ -32,6 +33,7 @@ Usage: clustermd cluster setup NODE=ADDRESS[,ADDRESS2] ...   write a corosync.co
        clustermd cluster stop [--force]                      take it out
        clustermd cluster fence-ack NODE                      say that a lost node is switched off: you looked
        clustermd cluster fence-test [NODE]                   would fencing work?
+       clustermd cluster fence-device --create PATH          make the disk of fence = "device"
 
 For its options: clustermd cluster SUBCOMMAND --help
 """

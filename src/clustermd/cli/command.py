@@ -62,6 +62,7 @@ class Command:
     uuid: bytes | None = None
     config: str | None = None
     prefer: str | None = None
+    cluster_engine: str | None = None
 
     assume_clean: bool = False
     brief: bool = False

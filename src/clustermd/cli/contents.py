@@ -37,6 +37,7 @@ _MARKS: tuple[tuple[str, int, bytes], ...] = (
     ("LUKS volume", 0, b"LUKS\xba\xbe"),
     ("swap area", 4086, b"SWAPSPACE2"),
     ("GPT partition table", 512, b"EFI PART"),
+    ("fence device of clustermd", 0, b"CMDFENCE"),
 )
 _EXT_MAGIC = b"\x53\xef"
 _NOUNS = {"filesystem": "file system", "crypto": "volume", "raid": "volume"}

@@ -26,9 +26,10 @@ from clustermd.cli.options import (
     by_letter,
     by_name,
 )
+from clustermd.conf import ENGINES
 
 VERBS = ("cluster", "demo", "lock", "locks", "simulate", "trace")
-"""Our own verbs: the first word, and the rest is theirs."""
+"""Our own verbs: the first word, and the rest is theirs. Only --cluster-engine may stand before it."""
 
 _LEVELS = {
     "linear": -1,
@@ -54,10 +55,12 @@ _NAME_MAX = 32
 
 def parse(words: Sequence[str]) -> Command:
     """The command that `words` (without the program's name) mean. Raises UsageError."""
-    if words and words[0] in VERBS:
-        return Command(verb=words[0], devices=list(words[1:]))
     parser = _Parser()
-    parser.read(words)
+    rest = parser.engine(words)
+    if rest and rest[0] in VERBS:
+        parser.command.verb, *parser.command.devices = rest
+        return parser.command
+    parser.read(rest)
     parser.check()
     return parser.command
 
@@ -69,6 +72,13 @@ class _Parser:
         self.command = Command()
         self._action_letter = ""
         self._seen: dict[str, str] = {}
+
+    def engine(self, words: Sequence[str]) -> list[str]:
+        """Take --cluster-engine from the front; what follows."""
+        rest = list(words)
+        while rest and rest[0].partition("=")[0] == "--cluster-engine":
+            self._long(rest.pop(0)[2:], rest)
+        return rest
 
     def read(self, words: Sequence[str]) -> None:
         rest = list(words)
@@ -323,6 +333,11 @@ class _Parser:
     def homehost(self, value: str) -> None:
         self.command.homehost = value
 
+    def cluster_engine(self, value: str) -> None:
+        if value not in ENGINES:
+            raise UsageError(f"cluster-engine must be 'local' or 'corosync', not '{value}'")
+        self.command.cluster_engine = value
+
     def prefer(self, value: str) -> None:
         self.command.prefer = value
 
@@ -335,6 +350,7 @@ _SETTERS: dict[str, Callable[[_Parser, str], None]] = {
     "bitmap": _Parser.bitmap,
     "bitmap-chunk": _Parser.bitmap_chunk,
     "chunk": _Parser.chunk,
+    "cluster-engine": _Parser.cluster_engine,
     "config": _Parser.config,
     "data-offset": _Parser.data_offset,
     "delay": _Parser.delay,

@@ -44,6 +44,8 @@ long ones may be shortened. The mode comes before options of the mode.
   -Y --export          KEY=value lines (with -D and -E)
      --json            one JSON object on standard output
   -f --force           see each mode
+     --cluster-engine=ENGINE   local (nodes of this machine) or corosync; may stand before any command. Default:
+                       $CLUSTERMD_ENGINE, else what /etc/clustermd.conf says, else local
      --homehost=NAME   the host that names of arrays belong to (default: this node's name)
 
   -A --assemble  -C --create  -D --detail  -E --examine  -X --examine-bitmap

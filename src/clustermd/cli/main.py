@@ -18,6 +18,7 @@ from clustermd.cli.grammar import parse
 from clustermd.cli.help import help_text, options_text
 from clustermd.cli.options import Mode
 from clustermd.cli.output import PROGRAM, say, show, show_refusal
+from clustermd.conf import ENGINE_VARIABLE
 from clustermd.errors import DeviceRefused, Refused
 
 USAGE = 2
@@ -74,6 +75,9 @@ def main(words: Sequence[str]) -> int:
 
 
 def _do(command: Command) -> int:
+    if command.cluster_engine is not None:
+        # for this program and all that it starts
+        os.environ[ENGINE_VARIABLE] = command.cluster_engine
     if command.verb is not None:
         status: int = importlib.import_module(_VERBS[command.verb]).run(command.devices)
         return status

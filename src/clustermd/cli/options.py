@@ -104,6 +104,7 @@ _TABLE: tuple[Option, ...] = (
     *(Option(name, modes=_in(Mode.MISC, Mode.MANAGE)) for name in ACTION_OPTIONS),
     # anywhere
     Option("brief"),
+    Option("cluster-engine", _VALUE),
     Option("config", _VALUE),
     Option("export"),
     Option("help"),
