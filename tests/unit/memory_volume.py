@@ -93,6 +93,7 @@ class MemoryVolume:
         self.name = name
         self.size_bytes = size_bytes
         self.read_only = read_only
+        self.block_bytes = 512
         self.delay_s = delay_s
         self.shuffle = shuffle
         self.fail: Callable[[Request], int] = lambda request: 0

@@ -196,6 +196,13 @@ def test_go_and_info_tell_of_the_export_by_either_name(name: bytes, number: Opti
     assert state.phase is (Phase.TRANSMISSION if number is Option.GO else Phase.OPTIONS)
 
 
+def test_clients_hear_what_the_disks_can_read_and_write() -> None:
+    export = Export("md0", SIZE, read_only=False, block_bytes=4096)
+    _, said = negotiate(option(Option.INFO, go_data(b"", Info.BLOCK_SIZE)), export=export)
+    infos = {data[:2]: data[2:] for _, kind, data in replies(said) if kind == Reply.INFO}
+    assert infos[b"\0\3"][:4] == (4096).to_bytes(4, "big")
+
+
 @pytest.mark.parametrize("number", [Option.GO, Option.INFO])
 def test_an_unknown_export_is_named_and_the_client_may_go_on(number: Option) -> None:
     state, said = negotiate(option(number, go_data(b"md9")), option(Option.GO, go_data(b"md0")))

@@ -144,12 +144,16 @@ class Array:
         return self.state.read_only
 
     @property
+    def block_bytes(self) -> int:
+        return self.state.block_sectors * 512
+
+    @property
     def pool(self) -> BufferPool:
         return self.state.submitter.pool
 
     def submit(self, batch: list[Request]) -> None:
         """Take a batch of client requests (see `request.Volume`); EINVAL for one that is not whole blocks."""
-        odd = self.state.block_sectors * 512 - 1
+        odd = self.block_bytes - 1
         for request in batch:
             kind = request.kind
             if kind is Kind.FLUSH:

@@ -80,6 +80,10 @@ class Volume(Protocol):
     def read_only(self) -> bool: ...
 
     @property
+    def block_bytes(self) -> int:
+        """What offsets and lengths must be multiples of."""
+
+    @property
     def pool(self) -> BufferPool: ...
 
     def submit(self, batch: list[Request]) -> None:

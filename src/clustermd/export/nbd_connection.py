@@ -83,7 +83,7 @@ class Connection:
         self._told = False
         self._replies = Replies(client, loop, budget, self._after_flush)
 
-        self._export = Export(volume.name, volume.size_bytes, volume.read_only)
+        self._export = Export(volume.name, volume.size_bytes, volume.read_only, volume.block_bytes)
         self._handshake: Handshake | None = Handshake(self._export, f"clustermd array {volume.name}")
         self._parser = RequestParser(self._export, structured=False)
 

@@ -38,7 +38,6 @@ from struct import Struct
 from clustermd.errors import BadBytes
 from clustermd.export.nbd_protocol import (
     MAXIMUM_BLOCK_BYTES,
-    MINIMUM_BLOCK_BYTES,
     PREFERRED_BLOCK_BYTES,
     Export,
 )
@@ -241,7 +240,7 @@ class Handshake:
         infos = [
             INFO_EXPORT.pack(Info.EXPORT, export.size_bytes, export.flags(self.structured)),
             INFO_BLOCK_SIZE.pack(
-                Info.BLOCK_SIZE, MINIMUM_BLOCK_BYTES, PREFERRED_BLOCK_BYTES, MAXIMUM_BLOCK_BYTES
+                Info.BLOCK_SIZE, export.block_bytes, PREFERRED_BLOCK_BYTES, MAXIMUM_BLOCK_BYTES
             ),
         ]
         if Info.NAME in asked:

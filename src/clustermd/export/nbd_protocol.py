@@ -52,7 +52,6 @@ SIMPLE_REPLY_MAGIC = 0x67446698
 STRUCTURED_REPLY_MAGIC = 0x668E33EF
 
 SECTOR_BYTES = 512
-MINIMUM_BLOCK_BYTES = SECTOR_BYTES
 PREFERRED_BLOCK_BYTES = 4096
 MAXIMUM_BLOCK_BYTES = 32 << 20
 # A payload that we refuse is read and thrown away up to this length; a longer one is no mistake of
@@ -143,11 +142,15 @@ def nbd_error(number: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """What is served. `""`, the default export, is the same as `name`. Size in bytes, of whole sectors."""
+    """What is served. `""`, the default export, is the same as `name`. Size in bytes, of whole sectors.
+
+    `block_bytes` is the least that can be read or written, and what offsets are multiples of.
+    """
 
     name: str
     size_bytes: int
     read_only: bool
+    block_bytes: int = SECTOR_BYTES
 
     def flags(self, structured: bool) -> int:
         """Transmission flags. Several connections to one server are one cache (design rule 19)."""
