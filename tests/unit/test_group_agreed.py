@@ -270,6 +270,16 @@ def test_own_messages_under_way_are_bounded() -> None:
     one.group.multicast(b"again")
 
 
+def test_a_new_view_makes_leases_longer_at_once() -> None:
+    ring = Ring(3)
+    one, two, _ = ring.start(1, 2, 3, lease_s=10.0)
+    ring.run()
+    ring.tick(21)
+    ring.split((1, 2), (3,))
+    ring.run()
+    assert one.leases[-1] == two.leases[-1] == ring.clock.at_s + 10.0
+
+
 def test_a_lease_lasts_while_a_majority_answers_and_from_the_moment_of_the_beat() -> None:
     ring = Ring(3)
     one, _, three_ = ring.start(1, 2, 3, lease_s=10.0)

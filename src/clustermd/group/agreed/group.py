@@ -550,8 +550,10 @@ class AgreedGroup:
             pairs = {int(node): int(last) for node, last in heard}
         except (ValueError, TypeError):
             raise BadBytes("bad-message", "a beat names no nodes") from None
-        if self._lease is not None and self._lease.on_beat(sender.node, number, pairs):
-            self._on_lease(self._lease.until_s)
+        if self._lease is not None:
+            if self._lease.on_beat(sender.node, number, pairs):
+                self._on_lease(self._lease.until_s)
+            self._beat(self._clock.boottime_s())
 
     def _send(self, data: bytes) -> None:
         if self._outgoing or not self._medium.send(data):

@@ -27,17 +27,19 @@ class Lease:
         self._sent: dict[int, float] = {}
         self._heard_of_me: dict[int, int] = {me: 0}
         self.heard: dict[int, int] = {}
+        self._answer_owed = False
         self.number = 0
         self.until_s = 0.0
 
     def due(self, now_s: float) -> bool:
         """Whether it is time for the next beat."""
         last_s = self._sent.get(self.number)
-        return last_s is None or now_s - last_s >= self._length_s / BEATS_PER_LEASE
+        return self._answer_owed or last_s is None or now_s - last_s >= self._length_s / BEATS_PER_LEASE
 
     def beat(self, now_s: float) -> tuple[int, list[tuple[int, int]]]:
         """(number, heard of others) of the next beat, sent at `now_s`."""
         self.number += 1
+        self._answer_owed = False
         self._sent[self.number] = now_s
         self._heard_of_me[self._me] = self.number
         return self.number, sorted(self.heard.items())
@@ -46,6 +48,7 @@ class Lease:
         """A beat of another. Returns whether it made our lease longer."""
         if node == self._me or node not in self._votes:
             return False
+        self._answer_owed = self._answer_owed or node not in self.heard
         self.heard[node] = number
         self._heard_of_me[node] = max(heard.get(self._me, 0), self._heard_of_me.get(node, 0))
         return self._renew()
