@@ -394,6 +394,7 @@ class AgreedGroup:
         self._members = change.peers
         if not change.quorate or not self._quorum[0]:
             self._tag = None
+            self._unbroken = False
             self._on_lease(0.0)
             self.frozen = "the cluster has no quorum"
             self._trace.point(
@@ -541,7 +542,9 @@ class AgreedGroup:
         self._look()
 
     def _tell_fenced(self, member: Member, words: str) -> None:
-        self._trace.point("group.fenced", node=member.node, proof=words)
+        self._trace.point(
+            "group.fenced", node=member.node, incarnation=f"{member.incarnation:016x}", proof=words
+        )
         if self._events is not None:
             self._events.on_fenced(member, words)
 

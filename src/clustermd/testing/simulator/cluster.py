@@ -7,10 +7,12 @@ come to that by itself is killed after `fence_after_s`, and where the plan has s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from clustermd.ondisk.create import BitmapKind, NewMember, plan_create
+from clustermd.testing.simulator.agreed import LOOK_S, AgreedPort, NodeClock
 from clustermd.testing.simulator.boxes import Box, Watcher
 from clustermd.testing.simulator.clock import SimClock
 from clustermd.testing.simulator.dice import Dice
@@ -18,12 +20,15 @@ from clustermd.testing.simulator.loop import Crashed, Process, SimLoop
 from clustermd.testing.simulator.machine import ArrayProcess, Lockd, Machine
 from clustermd.testing.simulator.order import Port, SimGroup
 from clustermd.testing.simulator.plan import Plan
+from clustermd.testing.simulator.totem import Totem
 
 PROOF_POLL_S = 0.02
 AUDIT_S = 2.0
 GRACE_S = (0.01, 0.5, 3.0, 9.0)
 """How long an excluded process goes on before somebody ends it."""
 RESTART_S = 0.2
+CLOCKS_DIFFER = 0.0004
+SWITCHED_OFF_S = 0.05
 START_AGAIN_S = 1.0
 
 Listener = Callable[[Machine, str, dict[str, Any]], None]
@@ -41,9 +46,14 @@ class SimCluster:
         self.listener = listener
         self.pipes = dice.stream("pipes")
         self.fate = dice.stream("cluster")
-        self.group = SimGroup(loop, dice, plan.nodes, durable=plan.durable)
-        self.group.on_state_lost = self._state_lost
-        self.group.on_lost = lambda: loop.later(0.0, self.watch_lost)
+        self.group: SimGroup | None = None
+        self.totem: Totem | None = None
+        if plan.durable:
+            self.group = SimGroup(loop, dice, plan.nodes, durable=True)
+            self.group.on_lost = lambda: loop.later(0.0, self.watch_lost)
+        else:
+            self.totem = Totem(loop, dice, plan.nodes, two_node=plan.two_node, wait_for_all=plan.wait_for_all)
+        self.counts: Counter[str] = Counter()
         self.boxes = [
             Box(f"box{number}", plan.data_offset_sectors + plan.array_sectors, dice, watcher)
             for number in range(plan.members)
@@ -52,6 +62,7 @@ class SimCluster:
         self.on_started: Callable[[ArrayProcess], None] = lambda array: None
         self.on_gone: Callable[[ArrayProcess], None] = lambda array: None
         self.on_ended: Callable[[ArrayProcess], None] = lambda array: None  # proved, however it came
+        self.on_wrong: Callable[[str, str], None] = lambda rule, words: None
         # alive, and the boxes refuse it
         self.on_excluded: Callable[[ArrayProcess], None] = lambda array: None
         self.restarts = True
@@ -60,8 +71,14 @@ class SimCluster:
         self._serial = 0
         self._arrays: list[ArrayProcess] = []
         self._graves: list[Process] = []
+        self._clocks = {
+            number: NodeClock(loop.time, 1000.0 * number, 1 + (number % 3 - 1) * CLOCKS_DIFFER)
+            for number in self.machines
+        }
+        self._lockds: dict[tuple[int, int], Lockd] = {}
         self._format()
-        self.loop.later(AUDIT_S, self.audit)
+        if plan.durable:
+            self.loop.later(AUDIT_S, self.audit)
 
     def _format(self) -> None:
         plan = self.plan
@@ -91,8 +108,10 @@ class SimCluster:
         if not process.alive:
             return
         array = machine.array
-        if array is not None and array.excluded and process is array.process:
+        if array is not None and (array.excluded or array.outlawed) and process is array.process:
             return  # what it believes counts for nobody
+        if name == "group.fenced":
+            self._declared_dead(machine, fields["node"], int(fields["incarnation"], 16), fields["proof"])
         self.listener(machine, name, fields)
         if not process.alive:
             raise Crashed(name)
@@ -103,8 +122,39 @@ class SimCluster:
         if machine.up:
             return
         self._incarnation += 1
-        machine.lockd = Lockd(machine, self._incarnation)
-        self.group.join(machine.lockd.port)
+        lockd = machine.lockd = Lockd(machine, self._incarnation)
+        self._lockds[machine.number, self._incarnation] = lockd
+        if isinstance(lockd.port, Port):
+            lockd.port.group.join(lockd.port)
+        else:
+            machine.refused = False
+            self._enter(lockd, lockd.port)
+
+    def _enter(self, lockd: Lockd, port: AgreedPort) -> None:
+        """It becomes a member when corosync works there, and when its node's former lives are over."""
+        machine = lockd.machine
+        assert self.totem is not None
+        if not lockd.process.alive:
+            return
+        former = [other for other in machine.lockds if other is not lockd]
+        landed = all(attached.drained() for other in former for attached in other.witnesses) and not any(
+            array.submitter.in_flight for array in self.arrays_of(machine.number) if not array.process.alive
+        )
+        if not landed or not self.totem.up(machine.number) or lockd.process.paused:
+            self.loop.later(LOOK_S, self._enter, lockd, port)
+            return
+        for other in former:
+            if not other.followed:
+                other.followed = True
+                for attached in other.witnesses:
+                    self.on_ended(attached.array)  # perhaps nobody is left whom a proof could be told
+        ended = [
+            (other.port.me.incarnation, "nothing of it is left on its node")
+            for other in former
+            if other.boot == machine.boots
+        ]
+        pid = 100 + len([other for other in machine.lockds if other.boot == machine.boots])
+        lockd.process.context.copy().run(port.enter, pid, f"{machine.name} start {machine.boots}", ended)
 
     def start_array(self, machine: Machine) -> None:
         if machine.array is not None and machine.array.process.alive:
@@ -114,7 +164,11 @@ class SimCluster:
         self._arrays.append(machine.array)
 
     def start(self, machine: Machine) -> None:
-        machine.powered = True
+        if not machine.powered:
+            machine.powered = True
+            machine.boots += 1
+            if self.totem is not None:
+                self.totem.start(machine.number)
         self.start_lockd(machine)
         self.start_array(machine)
 
@@ -150,8 +204,15 @@ class SimCluster:
         lockd = machine.lockd
         if lockd is None or not lockd.process.alive or lockd.sessions:
             return
-        self._end_process(lockd.process)
-        self.group.leave(lockd.port)
+        port = lockd.port
+        if isinstance(port, Port):
+            self._end_process(lockd.process)
+            port.group.leave(port)
+        else:
+            leaving = lockd
+            port.process.context.copy().run(
+                port.say_goodbye, lambda: self.loop.later(0.0, self._end_process, leaving.process)
+            )
 
     # --- deaths ---------------------------------------------------------------------------------------------
 
@@ -180,11 +241,16 @@ class SimCluster:
                     link.lockd_died()
             if attached.array.broken_s < 0:
                 attached.array.broken_s = self.loop.time()
-        self.loop.later(detect_s, self._lost, lockd)
+        if isinstance(lockd.port, Port):
+            self.loop.later(detect_s, lockd.port.group.lose, lockd.port)
+        else:
+            lockd.port.died(detect_s)
 
     def kill(self, machine: Machine, detect_s: float) -> None:
         """The machine loses power."""
         machine.powered = False
+        if self.totem is not None:
+            self.totem.kill(machine.number, detect_s)
         self.kill_array(machine)
         self.kill_lockd(machine, detect_s)
         machine.paused = False
@@ -199,14 +265,18 @@ class SimCluster:
         if self.restarts and machine.powered:
             self.start_lockd(machine)
 
-    def pause(self, machine: Machine) -> None:
+    def pause(self, machine: Machine, detect_s: float) -> None:
         """The whole machine stands still; its requests on the way go on."""
         machine.paused = True
+        if self.totem is not None:
+            self.totem.pause(machine.number, detect_s)
         for process in machine.processes():
             self.loop.pause(process)
 
     def resume(self, machine: Machine) -> None:
         machine.paused = False
+        if self.totem is not None:
+            self.totem.resume(machine.number)
         for process in machine.processes():
             if process.paused:
                 self.loop.resume(process)
@@ -226,38 +296,27 @@ class SimCluster:
 
     # --- being lost and fenced ---------------------------------------------------------------------------------
 
-    def _state_lost(self, port: Port) -> None:
-        """Most of those that kept the state of the lock manager are gone: what is left of it counts no more."""
-        for machine in self.machines.values():
-            lockd = machine.lockd
-            if lockd is not None and lockd.port is port and lockd.process.alive:
-                self.loop.later(RESTART_S, self._over_if_alone, lockd)
-
-    def _over_if_alone(self, lockd: Lockd) -> None:
-        component = lockd.port.component
-        if lockd.process.alive and (component is None or not component.quorate):
-            self.lockd_over(lockd, "the majority that knew the state of the locks is gone")
-
-    def _lost(self, lockd: Lockd) -> None:
-        self.group.lose(lockd.port)
-
     def cut_off(self, numbers: set[int]) -> None:
         """These nodes and the others do not hear each other any more."""
         self._cut |= numbers
-        self.group.partition(self._cut)
+        if self.totem is not None:
+            self.totem.cut(self._cut)
 
     def heal(self, numbers: set[int]) -> None:
         """They hear each other again."""
         if self._cut & numbers:
             self._cut -= numbers
-            self.group.partition(self._cut)
+            if self.totem is not None:
+                self.totem.cut(self._cut)
 
     def thaw(self) -> None:
-        self.group.thaw()
+        if self.group is not None:
+            self.group.thaw()
 
     def audit(self) -> None:
         """Whoever some living replica takes for lost is proved dead again: the proof may be known only to the dead."""
         self.loop.later(AUDIT_S, self.audit)
+        assert self.group is not None
         present = {port.me for port in self.group.ports()}
         by_key = {
             (lockd.port.me.node, lockd.port.me.incarnation): lockd.port.me
@@ -275,6 +334,7 @@ class SimCluster:
 
     def watch_lost(self) -> None:
         """Begin to prove the end of every member that is lost."""
+        assert self.group is not None
         for machine in self.machines.values():
             for lockd in machine.lockds:
                 if self.group.lost.get(lockd.port.me) == "" and not lockd.proving:
@@ -282,13 +342,13 @@ class SimCluster:
                     self._prove(lockd, self.loop.time())
 
     def _prove(self, lockd: Lockd, since_s: float) -> None:
+        assert self.group is not None
         member = lockd.port.me
         if self.group.lost.get(member) != "":
             lockd.proving = False  # it is back
             return
         waited_s = self.loop.time() - since_s
-        over = not lockd.process.alive or self._fences_at_boxes
-        if over and all(attached.drained() for attached in lockd.witnesses):
+        if not lockd.process.alive and all(attached.drained() for attached in lockd.witnesses):
             for attached in lockd.witnesses:
                 if not attached.released:
                     attached.array.submitter.life_over = True
@@ -302,34 +362,102 @@ class SimCluster:
         self.loop.later(PROOF_POLL_S, self._prove, lockd, since_s)
 
     def _fence(self, lockd: Lockd) -> None:
-        """Make an end that does not come by itself: kill what lives, or let the boxes take nothing of it any more.
-
-        In the second case it may well live on, as a node that slept through its own exclusion does: whatever it still
-        tries is refused. Somebody ends it after a while.
-        """
+        """Make an end that does not come by itself: kill what lives, as a sequencer on the same machine does."""
         for attached in lockd.witnesses:
             array = attached.array
             if attached.drained():
                 continue
-            if not self._fences_at_boxes:
-                if array.process.alive:
-                    self.kill_array(array.machine)
-                    self.loop.later(START_AGAIN_S, self._start_array_if_up, array.machine)
-                if self.plan.storage_fence:
-                    array.cut_off()
-            elif array.process.alive:
+            if array.process.alive:
+                self.kill_array(array.machine)
+                self.loop.later(START_AGAIN_S, self._start_array_if_up, array.machine)
+            if self.plan.storage_fence:
                 array.cut_off()
-                self.on_excluded(array)
-                self.loop.later(GRACE_S[self.fate.below(len(GRACE_S))], self._end_excluded, array)
-            else:
-                array.cut_off()
-        if lockd.process.alive and not self._fences_at_boxes:
+        if lockd.process.alive:
             self.kill_lockd(lockd.machine, 0.001)
 
-    @property
-    def _fences_at_boxes(self) -> bool:
-        """A sequencer on the same machine kills; only machines apart need the boxes' help."""
-        return self.plan.storage_fence and not self.plan.durable
+    # --- fencing of nodes by nodes (`fencer`) ------------------------------------------------------------------
+
+    def clock_of(self, node: int) -> NodeClock:
+        return self._clocks[node]
+
+    def counted(self, what: str) -> None:
+        self.counts[what] += 1
+
+    def arrays_of(self, node: int) -> list[ArrayProcess]:
+        """All array processes that ever ran there."""
+        return [array for array in self._arrays if array.machine.number == node]
+
+    def goes_on_with(self, machines: list[Machine]) -> bool:
+        """Whether these may go on though nobody else starts."""
+        return self.totem is None or self.totem.quorate_with(machine.number for machine in machines)
+
+    def refused_at_boxes(self, node: int) -> bool:
+        return self.machines[node].refused
+
+    def fence_at_boxes(self, node: int) -> None:
+        """The boxes take nothing more of what runs there now, nor what it has on its way.
+
+        It may well live on, as a node that slept through its own exclusion does: whatever it still tries is refused.
+        Somebody ends it after a while.
+        """
+        self.machines[node].refused = True
+        for array in self.arrays_of(node):
+            if array.excluded or not (array.process.alive or array.submitter.in_flight):
+                continue
+            array.cut_off()
+            if array.process.alive:
+                self.on_excluded(array)
+                self.loop.later(GRACE_S[self.fate.below(len(GRACE_S))], self._end_excluded, array)
+
+    def switch_off(self, node: int) -> None:
+        """The machine loses power, if it had any; it comes back after a while."""
+        machine = self.machines[node]
+        if machine.powered:
+            self.kill(machine, SWITCHED_OFF_S)
+            self.loop.later(START_AGAIN_S, self._start_again, machine)
+
+    def _start_again(self, machine: Machine) -> None:
+        if self.restarts and not machine.powered:
+            self.start(machine)
+
+    def nothing_can_land(self, arrays: list[ArrayProcess]) -> bool:
+        """Whether nothing of these can land any more."""
+        return all(
+            array.excluded or (not array.process.alive and not array.submitter.in_flight) for array in arrays
+        )
+
+    def _declared_dead(self, machine: Machine, node: int, incarnation: int, proof: str) -> None:
+        """A member was told that a life is proved to be over: it must be."""
+        if incarnation:
+            lives = [self._lockds[node, incarnation]]
+        else:
+            lives = [lockd for lockd in self.machines[node].lockds if not lockd.process.alive]
+        for lockd in lives:
+            if lockd.declared_dead:
+                continue
+            lockd.declared_dead = True
+            port = lockd.port
+            for attached in lockd.witnesses:
+                array = attached.array
+                if not attached.drained():
+                    lapsed = isinstance(port, AgreedPort) and not port.lease.valid()
+                    if not lapsed or array.submitter.in_flight:
+                        self.on_wrong(
+                            "fenced-alive",
+                            f"{machine.name} is told that a life of node{node} is over ({proof}); it can still write",
+                        )
+                    self._outlaw(array)
+                if not attached.released:
+                    array.submitter.life_over = True
+                self.on_ended(array)
+
+    def _outlaw(self, array: ArrayProcess) -> None:
+        """It lives on without a lease; for all others it is dead, until it comes back as somebody new."""
+        array.outlawed = True
+        if array.broken_s < 0:
+            array.broken_s = self.loop.time()
+        self.listener(array.machine, "process.died", {})
+        self.listener(array.machine, "process.drained", {})
 
     def _end_excluded(self, array: ArrayProcess) -> None:
         machine = array.machine

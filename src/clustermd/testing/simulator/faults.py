@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 MISSED_DETECT_S = 0.001
 MISSED_DOWN_S = 1.0
-HEAL_AFTER_PAUSE_S = 0.3
 BLACKOUT_DETECT_S = 0.01
 
 
@@ -106,27 +105,23 @@ def pause(run: Run, args: dict[str, Any]) -> None:
     at the boxes."""
     machine = run.cluster.machines[args["node"]]
     if machine.up and not machine.paused:
-        run.cluster.pause(machine)
-        run.later(args["detect_s"], _miss, run, machine, machine.lockd)
+        run.cluster.pause(machine, args["detect_s"])
+        if run.plan.durable:
+            run.later(args["detect_s"], _miss, run, machine, machine.lockd)
         run.later(args["for_s"], _resume, run, machine, machine.lockd)
 
 
 def _miss(run: Run, machine: Machine, lockd: Lockd | None) -> None:
-    """The group gives a paused machine up."""
+    """The sequencer gives a paused machine up."""
     if machine.paused and machine.lockd is lockd:
-        if run.plan.durable:
-            # its sequencer kills what owes it an answer
-            run.cluster.kill(machine, MISSED_DETECT_S)
-            run.later(MISSED_DOWN_S, start, run, machine)
-        else:
-            run.cluster.cut_off({machine.number})
+        # its sequencer kills what owes it an answer
+        run.cluster.kill(machine, MISSED_DETECT_S)
+        run.later(MISSED_DOWN_S, start, run, machine)
 
 
 def _resume(run: Run, machine: Machine, lockd: Lockd | None) -> None:
     if machine.paused and machine.lockd is lockd:
         run.cluster.resume(machine)
-    if not run.plan.durable:
-        run.later(HEAL_AFTER_PAUSE_S, run.cluster.heal, {machine.number})
 
 
 # --- starting again -------------------------------------------------------------------------------------------
@@ -144,7 +139,7 @@ def _start_array(run: Run, machine: Machine) -> None:
 
 
 def _start_lockd(run: Run, machine: Machine) -> None:
-    if not machine.paused and _may_start(run, machine):
+    if not machine.paused and _lockd_may_start(run, machine):
         run.cluster.start_lockd(machine)
 
 
@@ -153,13 +148,19 @@ def _may_start(run: Run, machine: Machine) -> bool:
     return run.cluster.restarts and (run.restarting or (array is not None and array.process.alive))
 
 
+def _lockd_may_start(run: Run, machine: Machine) -> bool:
+    """Where machines meet by corosync it is a service of the machine, whatever needs it."""
+    return _may_start(run, machine) or (run.cluster.restarts and machine.powered and not run.plan.durable)
+
+
 # --- the group ------------------------------------------------------------------------------------------------
 
 
 def freeze(run: Run, args: dict[str, Any]) -> None:
     """The sequencer dies: nobody may act until there is a new one. Limit: it comes back."""
-    if not run.cluster.group.frozen:
-        run.cluster.group.freeze()
+    group = run.cluster.group
+    if group is not None and not group.frozen:
+        group.freeze()
         run.later(args["for_s"], run.cluster.thaw)
 
 
@@ -173,9 +174,8 @@ def slow_group(run: Run, args: dict[str, Any]) -> None:
     """One node hears everything late."""
     lockd = run.cluster.machines[args["node"]].lockd
     if lockd is not None:
-        port = lockd.port
-        port.slow_s = args["slow_s"]
-        run.later(args["for_s"], setattr, port, "slow_s", 0.0)
+        lockd.port.set_slow(args["slow_s"])
+        run.later(args["for_s"], lockd.port.set_slow, 0.0)
 
 
 # --- disks ------------------------------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ def take_back_all(run: Run) -> None:
     for machine in cluster.machines.values():
         machine.lost_paths.clear()
         if machine.lockd is not None:
-            machine.lockd.port.slow_s = 0.0
+            machine.lockd.port.set_slow(0.0)
         array = machine.array
         if array is not None:
             array.submitter.pause_s = 0.0

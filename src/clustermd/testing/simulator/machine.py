@@ -20,6 +20,8 @@ from clustermd.dlm.lockspace import Lockspace, LockspaceEvents
 from clustermd.dlm.replica import Replica
 from clustermd.dlm.session import Session
 from clustermd.errors import ClusterLost, Refused
+from clustermd.group.process_group import Member
+from clustermd.testing.simulator.agreed import AgreedPort
 from clustermd.testing.simulator.boxes import Path
 from clustermd.testing.simulator.loop import Process
 from clustermd.testing.simulator.order import Port
@@ -61,15 +63,22 @@ class Lockd:
         self.process = Process(f"{machine.name}.lockd")
         self.trace = Trace()
         self.trace.listen(lambda name, fields: cluster.point(machine, self.process, name, fields))
-        self.port: Port = cluster.group.port(machine.number, incarnation, self.process)
+        self.port: Port | AgreedPort
+        if cluster.group is not None:
+            self.port = cluster.group.port(machine.number, incarnation, self.process)
+        else:
+            me = Member(machine.number, incarnation, machine.name)
+            self.port = AgreedPort(cluster, me, self.process, self.trace, self.must_restart)
+        self.boot = machine.boots
         self.replica = Replica(self, self.trace)
         self.replica.attach(self.port)
         self.port.events = self.replica
-        self.port.stateful = lambda: self.replica._has_state
         self.sessions: dict[int, Attached] = {}
         self.witnesses: list[Attached] = []
         self.suspended_by = ""
         self.proving = False
+        self.declared_dead = False
+        self.followed = False  # the next one there knows that its processes' requests have landed
         machine.lockds.append(self)
 
     # --- ReplicaShell
@@ -155,6 +164,10 @@ class SimLink:
             lambda: lockd.session_lost(self._attached),
         )
         array.links.append(self)
+        array.submitter.life_over = False
+        if isinstance(lockd.port, AgreedPort):
+            array.submitter.gate.lease = lockd.port.lease
+            array.outlawed = False
         if lockd.suspended_by:
             self._back.send(("suspended", lockd.suspended_by))
 
@@ -228,6 +241,7 @@ class ArrayProcess:
         self.stopping = False
         self.killed = False
         self.excluded = False  # the boxes refuse whatever it does
+        self.outlawed = False  # it lives on after its lease, and others rely on that
         self.last_slot = -1
         self.joined_s = 0.0
         self.broken_s = -1.0  # when its present life ended, however it did; below zero while it lives
@@ -326,7 +340,9 @@ class Machine:
         self.array: ArrayProcess | None = None
         self.lost_paths: set[str] = set()
         self.paused = False
-        self.powered = True
+        self.powered = False
+        self.refused = False  # the boxes take nothing from it
+        self.boots = 0
 
     @property
     def up(self) -> bool:

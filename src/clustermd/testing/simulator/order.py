@@ -74,6 +74,10 @@ class Port:
     async def leave(self) -> None:
         self.group.leave(self)
 
+    def set_slow(self, slow_s: float) -> None:
+        """All that it hears is late."""
+        self.slow_s = slow_s
+
     # --- the way in and out ---------------------------------------------------------------------------
 
     def accept_soon(self) -> None:

@@ -21,9 +21,12 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One run. `durable`: the group is of the `local` kind, else of corosync's (`order`).
+    """One run. `durable`: the group is of the `local` kind (`order`), else corosync's (`totem`).
 
-    `resync_kib_s`: how fast copies go at least and at most, in KiB/s.
+    Where it is corosync's, `fence` says who makes sure of a lost node's end (`fencer`; "" is "storage" with
+    `storage_fence`, else "power"), `lease_s` how long a node may act that nobody hears (0: no leases) and
+    `device_bound_s` what is added for requests on their way. `resync_kib_s`: how fast copies go at least and at
+    most, in KiB/s.
     """
 
     seed: int = 0
@@ -34,6 +37,11 @@ class Plan:
     durable: bool = True
     storage_fence: bool = False
     fence_after_s: float = 3.0
+    fence: str = ""
+    lease_s: float = 0.0
+    device_bound_s: float = 0.0
+    two_node: bool = False
+    wait_for_all: bool = False
     late_s: tuple[float, ...] = (0.001, 0.05, 0.5, 4.0)
     data_offset_sectors: int = 256
     array_sectors: int = 2048
@@ -44,6 +52,11 @@ class Plan:
     resync_kib_s: tuple[int, int] = (1000, 200_000)
     work: tuple[Step, ...] = ()
     faults: tuple[Step, ...] = ()
+
+    @property
+    def fencing(self) -> str:
+        """Who makes sure of a lost node's end."""
+        return self.fence or ("storage" if self.storage_fence else "power")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

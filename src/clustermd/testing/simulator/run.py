@@ -82,6 +82,8 @@ class Run:
         self.model = Model(plan.array_sectors)
         self.clients = Clients(self.cluster, self.model, lambda: not self.deaths.open, self._client_failed)
         self.deaths = Deaths(self.cluster, self.model, self.clients, self.tell)
+        self.cluster.on_wrong = self._wrong
+        self.cluster.counts = self.faults
         self.ambush = faults.Ambush(self)
         self.watch.begin(self.cluster.boxes, plan.chunk_bytes, plan.slots)
         self._log = LogWatch(self._error_logged)
@@ -99,6 +101,9 @@ class Run:
             self.broken(error.rule, "9.1", Layer.ARRAY, error.message, node)
         else:
             self.broken("simulator-error", "-", Layer.ARRAY, repr(error), node)
+
+    def _wrong(self, rule: str, words: str) -> None:
+        self.broken(rule, "dlm I29", Layer.LOCK_MANAGER, words, "")
 
     def _task_failed(self, context: dict[str, Any]) -> None:
         error = context.get("exception")
@@ -227,9 +232,9 @@ class Run:
             if machine.array is not None and machine.array.process.alive and not machine.array.excluded
         ]
         self.restarting = False
-        for machine in alive:
+        for machine in alive if self.plan.durable else [each for each in machines if each.powered]:
             self.cluster.start_lockd(machine)
-        quorate = self.plan.durable or len(alive) >= self.cluster.group.majority
+        quorate = self.cluster.goes_on_with(alive)
         if alive and quorate and self.dice.stream("mend").below(2):
             words = "the survivors' coming to rest"
             self._until(lambda: rest.at_rest(self, alone=True), SETTLE_BOUND_S, words)
