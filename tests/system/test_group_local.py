@@ -19,6 +19,7 @@ import pytest
 from daemon_kit import UNRESPONSIVE_S, Machine, Process, commands, machine_of_its_own, tell
 
 from clustermd.clock import SystemClock, SystemRandom
+from clustermd.conf import Conf
 from clustermd.device.witness import WITNESS_BASE, hold
 from clustermd.errors import Refused
 from clustermd.group.liveness import Bounds
@@ -62,7 +63,7 @@ def expelled(reason: str) -> None:
 
 async def be_member() -> None:
     rundir = RunDir.from_environment()
-    group = LocalGroup(rundir, Bounds.from_environment(), SystemClock(), SystemRandom(), Trace(), expelled)
+    group = LocalGroup(rundir, Bounds.from_environment(Conf()), SystemClock(), SystemRandom(), Trace(), expelled)
     await group.connect()
     tell("node", group.me.node)
     group.join(Teller())

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from clustermd.clock import SystemClock
+from clustermd.conf import Conf
 from clustermd.errors import BadBytes, Refused
 from clustermd.group.incarnations import Incarnation, Incarnations, Nodes
 from clustermd.group.liveness import Bounds, PeerWatch
@@ -77,13 +78,13 @@ def test_silence_counts_only_while_we_were_awake() -> None:
 def test_bounds_that_make_no_sense(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("CLUSTERMD_UNRESPONSIVE_S", text)
     with pytest.raises(Refused, match="CLUSTERMD_UNRESPONSIVE_S"):
-        Bounds.from_environment()
+        Bounds.from_environment(Conf())
 
 
 def test_bounds_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLUSTERMD_UNRESPONSIVE_S", "2.5")
     monkeypatch.setenv("CLUSTERMD_LINGER_S", "0")
-    assert Bounds.from_environment() == Bounds(2.5, 0)
+    assert Bounds.from_environment(Conf()) == Bounds(2.5, 0)
 
 
 def test_only_the_very_process_is_killed_even_when_it_is_stopped() -> None:

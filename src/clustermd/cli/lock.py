@@ -20,6 +20,7 @@ from typing import Any
 from clustermd.cli.lock_guard import Guard, descendants, end_descendants, start_guard
 from clustermd.cli.lock_words import CLUSTER_S, GRACE_S, HELP, LOST, NOT_GRANTED, Options, parse
 from clustermd.cli.output import show
+from clustermd.conf import Conf
 from clustermd.errors import LockRefused, Refused
 from clustermd.group.liveness import Bounds
 from clustermd.lockd.api import HeldLock, OpenLockspace, connect_lockspace
@@ -42,7 +43,7 @@ def run(words: Sequence[str]) -> int:
     options = parse(words)
     try:
         rundir = RunDir.from_environment()
-        bounds = Bounds.from_environment()
+        bounds = Bounds.from_environment(Conf.load())
         proof = WitnessFile(rundir)
     except Refused as refusal:
         return _refused(options, refusal)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from clustermd.conf import Conf
 from clustermd.errors import Refused
 
 SHOWN_S = 1.0
@@ -18,7 +19,8 @@ SHOWN_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """How long is too long. `$CLUSTERMD_UNRESPONSIVE_S` and `$CLUSTERMD_LINGER_S` change them.
+    """How long is too long. `unresponsive_s` of the configuration, and `$CLUSTERMD_UNRESPONSIVE_S` and
+    `$CLUSTERMD_LINGER_S` change them.
 
     `unresponsive_s`: silence after which a process is killed. `linger_s`: how long a daemon stays after
     its last client.
@@ -28,10 +30,10 @@ class Bounds:
     linger_s: float = 5.0
 
     @classmethod
-    def from_environment(cls) -> Bounds:
-        """The bounds that the environment names. Raises Refused ("bad-bound")."""
+    def from_environment(cls, conf: Conf) -> Bounds:
+        """The bounds that the environment names, else the configuration. Raises Refused ("bad-bound")."""
         return cls(
-            _seconds("CLUSTERMD_UNRESPONSIVE_S", cls().unresponsive_s, least=0.5),
+            _seconds("CLUSTERMD_UNRESPONSIVE_S", conf.unresponsive_s, least=0.5),
             _seconds("CLUSTERMD_LINGER_S", cls().linger_s, least=0.0),
         )
 

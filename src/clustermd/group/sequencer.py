@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from clustermd.clock import Clock, SystemClock
+from clustermd.conf import Conf
 from clustermd.errors import BadBytes, Refused
 from clustermd.group.daemon import run_daemon
 from clustermd.group.endings import Ending, Endings
@@ -397,7 +398,7 @@ def main() -> None:
     """Entry point of the process."""
     rundir = RunDir.from_environment()
     rundir.make(rundir.root)
-    sequencer = Sequencer(rundir.root, Bounds.from_environment(), SystemClock())
+    sequencer = Sequencer(rundir.root, Bounds.from_environment(Conf.load()), SystemClock())
     run_daemon(
         rundir.root / "sequencer.lock",
         lambda stop, ready: sequencer.run(rundir.sequencer_socket, stop, ready),

@@ -423,6 +423,6 @@ def main() -> None:
     rundir = RunDir.from_environment()
     node_dir = rundir.make()
     conf = Conf.load()
-    bounds = Bounds.from_environment()
+    bounds = Bounds.from_environment(conf)
     lockd = Lockd(rundir, conf, bounds, SystemClock(), Trace())
     run_daemon(node_dir / "lockd.lock", lockd.run)
