@@ -3,117 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any, TypeVar
 
 import pytest
+from dlm_in_process import SPACE, Heard, World
 
 from clustermd.dlm.lockspace import Lock, Lockspace, LockspaceEvents, Slot
-from clustermd.dlm.modes import Mode
-from clustermd.dlm.replica import Replica
-from clustermd.dlm.session import Session, SessionLockspace
+from clustermd.dlm.modes import Flag, Mode, StatusFlag
+from clustermd.dlm.session import Session
 from clustermd.errors import BadBytes, ClusterLost, LockRefused
-from clustermd.testing.locks.order import MemoryGroup
-from clustermd.trace import Trace
-
-T = TypeVar("T")
-SPACE = "0a0b0c0d-0000-1111-2222-333344445555"
-
-
-class Heard:
-    """A lockspace's user: remembers every event in order."""
-
-    def __init__(self) -> None:
-        self.log: list[tuple[Any, ...]] = []
-
-    def recover_prep(self) -> None:
-        self.log.append(("prep",))
-
-    def recover_slot(self, slot: Slot) -> None:
-        self.log.append(("slot", slot.slot, slot.name))
-
-    def recover_done(self, slots: tuple[Slot, ...], our_slot: int, generation: int) -> None:
-        self.log.append(("done", [slot.slot for slot in slots], our_slot))
-
-    def suspended(self, reason: str) -> None:
-        self.log.append(("suspended",))
-
-    def resumed(self) -> None:
-        self.log.append(("resumed",))
-
-    def lost(self, reason: str) -> None:
-        self.log.append(("lost", reason))
-
-
-class Daemon:
-    """A replica with sessions instead of sockets."""
-
-    def __init__(self, group: MemoryGroup, node: int) -> None:
-        port = group.port(node, node)
-        self.member = port.me
-        self.replica = Replica(self, Trace())
-        self.replica.attach(port)
-        port.events = self.replica
-        self.sessions: dict[int, Session] = {}
-        self.frames: list[list[Any]] = []
-
-    def session(self) -> Session:
-        number = self.replica.open_session("test", 1)
-
-        def send(frame: list[Any]) -> None:
-            self.frames.append(frame)
-            self.replica.session_frame(number, frame)
-
-        session = self.sessions[number] = Session(send)
-        return session
-
-    def to_session(self, session: int, frame: list[Any]) -> None:
-        self.sessions[session].on_frame(frame)
-
-    def suspended(self, reason: str) -> None:
-        for session in self.sessions.values():
-            session.on_suspended(reason)
-
-    def resumed(self) -> None:
-        for session in self.sessions.values():
-            session.on_resumed()
-
-    def must_restart(self, reason: str) -> None:
-        for session in self.sessions.values():
-            session.on_lost(reason)
-
-
-class World:
-    def __init__(self, size: int = 2) -> None:
-        self.group = MemoryGroup()
-        self.daemons = [Daemon(self.group, node) for node in range(1, size + 1)]
-        self.group.view()
-        self.group.settle()
-
-    async def turn(self, times: int = 10) -> None:
-        """Let tasks run and the group deliver."""
-        for _ in range(times):
-            await asyncio.sleep(0)
-            self.group.settle()
-
-    async def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """`work`, which must come to its end."""
-        task = asyncio.ensure_future(work)
-        await self.turn()
-        assert task.done(), "it waits for something"
-        return task.result()
-
-    async def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """`work`, which must be waiting for something."""
-        task = asyncio.ensure_future(work)
-        await self.turn()
-        assert not task.done()
-        return task
-
-    async def join(self, daemon: int, max_slots: int = 4) -> tuple[SessionLockspace, Heard]:
-        heard = Heard()
-        session = self.daemons[daemon].session()
-        return await self.run(session.join(SPACE, heard, max_slots=max_slots)), heard
 
 
 def test_session_implements_the_lockspace_protocols() -> None:
@@ -499,6 +396,244 @@ def test_leaving_frees_all_locks_and_ends_what_waits() -> None:
         with pytest.raises(LockRefused):
             await held.convert(Mode.NL)
         assert world.daemons[0].replica.status()["lockspaces"] == {}
+
+    asyncio.run(story())
+
+
+def test_a_wait_ends_when_its_time_is_up() -> None:
+    async def story() -> None:
+        world = World()
+        a, _ = await world.join(0)
+        b, _ = await world.join(1)
+        held = await world.run(a.lock("token", Mode.EX))
+        lock = await world.run(b.lock("token"))
+        converting = asyncio.ensure_future(lock.convert(Mode.PR, timeout_s=0.01))
+        new = asyncio.ensure_future(b.lock("token", Mode.EX, timeout_s=0.01))
+        await world.turn()
+        assert not converting.done() and not new.done()
+        for task in (converting, new):
+            while not task.done():
+                await asyncio.wait((task,), timeout=0.02)
+                world.group.settle()
+            with pytest.raises(LockRefused) as refused:
+                await task
+            assert refused.value.code == "timed-out"
+        assert lock.mode is Mode.NL
+        await world.run(held.unlock())
+        assert lock.mode is Mode.NL, "nobody waits for it any more"
+        await world.run(a.lock("token", Mode.EX))
+
+    asyncio.run(story())
+
+
+def test_a_grant_that_is_faster_than_the_time_limit_counts() -> None:
+    async def story() -> None:
+        world = World()
+        a, _ = await world.join(0)
+        b, _ = await world.join(1)
+        held = await world.run(a.lock("token", Mode.EX))
+        lock = await world.run(b.lock("token"))
+        converting = asyncio.ensure_future(lock.convert(Mode.PR, timeout_s=0.01))
+        await world.turn()
+        freeing = asyncio.ensure_future(held.unlock())
+        await asyncio.sleep(0)
+        assert world.group.accept(world.daemons[0].member), "the release is ordered before the time is up"
+        await asyncio.sleep(0.02)
+        await world.turn()
+        await freeing
+        await converting
+        assert lock.mode is Mode.PR
+        await world.run(lock.convert(Mode.NL))
+
+    asyncio.run(story())
+
+
+def test_the_time_of_a_request_is_up_before_it_is_ordered() -> None:
+    async def story() -> None:
+        world = World()
+        a, _ = await world.join(0)
+        b, _ = await world.join(1)
+        await world.run(a.lock("token", Mode.EX))
+        new = asyncio.ensure_future(b.lock("token", Mode.PR, timeout_s=0))
+        await asyncio.sleep(0.01)
+        assert not new.done(), "what the lock manager will say is waited for"
+        await world.turn()
+        with pytest.raises(LockRefused) as refused:
+            await new
+        assert refused.value.code == "timed-out"
+        free = asyncio.ensure_future(b.lock("other", Mode.PR, timeout_s=0))
+        await asyncio.sleep(0.01)
+        await world.turn()
+        assert (await free).mode is Mode.PR
+
+    asyncio.run(story())
+
+
+def test_a_pending_conversion_is_cancelled_by_another_task() -> None:
+    async def story() -> None:
+        for deadlock, code in ((False, "cancelled"), (True, "deadlock")):
+            world = World()
+            a, _ = await world.join(0)
+            b, _ = await world.join(1)
+            await world.run(a.lock("token", Mode.EX))
+            lock = await world.run(b.lock("token"))
+            waiting = await world.start(lock.convert(Mode.EX))
+            await world.run(lock.cancel(deadlock=deadlock))
+            with pytest.raises(LockRefused) as refused:
+                await waiting
+            assert refused.value.code == code and lock.mode is Mode.NL
+            await world.run(lock.cancel())
+
+    asyncio.run(story())
+
+
+def test_flags_of_requests_conversions_and_unlocks_reach_the_lock_manager() -> None:
+    async def story() -> None:
+        world = World()
+        a, _ = await world.join(0)
+        b, _ = await world.join(1)
+        held = await world.run(a.lock(b"\xff\0name", Mode.PR, flags=Flag.VALBLK))
+        assert held.name == "\\xff\0name" and held.lvb is not None
+        either = await world.run(b.lock(b"\xff\0name", Mode.EX, flags=Flag.ALTPR))
+        assert either.mode is Mode.PR and either.status_flags is StatusFlag.ALTMODE
+        with pytest.raises(LockRefused) as refused:
+            await world.run(either.convert(Mode.PR, flags=Flag.QUECVT))
+        assert refused.value.code == "invalid"
+        waiting = await world.start(held.convert(Mode.EX))
+        demoted = await world.start(either.convert(Mode.EX, flags=Flag.CONVDEADLK))
+        await waiting
+        assert held.mode is Mode.EX, "the other one holds NL meanwhile"
+        await world.run(held.unlock())
+        await demoted
+        assert either.mode is Mode.EX and either.status_flags is StatusFlag.DEMOTED
+
+    asyncio.run(story())
+
+
+def test_an_unlock_marks_the_value_or_writes_it() -> None:
+    async def story() -> None:
+        world = World(1)
+        a, _ = await world.join(0)
+        reader = await world.run(a.lock("message", value_block=True))
+        for flags, valid, block in ((Flag.NONE, True, b"one"), (Flag.IVVALBLK, False, b"one")):
+            writer = await world.run(a.lock("message", Mode.EX, value_block=True))
+            assert writer.lvb is not None and reader.lvb is not None
+            writer.lvb[:3] = b"one" if valid else b"two"
+            await world.run(writer.unlock(flags=flags))
+            await world.run(reader.convert(Mode.CR))
+            assert (reader.lvb_valid, bytes(reader.lvb[:3])) == (valid, block)
+            await world.run(reader.convert(Mode.NL))
+        untouched = await world.run(a.lock("message", Mode.EX, value_block=True))
+        assert untouched.lvb is not None
+        untouched.lvb[:3] = b"new"
+        await world.run(untouched.convert(Mode.NL, value_block=False))
+        await world.run(reader.convert(Mode.CR))
+        assert bytes(reader.lvb[:3]) == b"one"
+
+    asyncio.run(story())
+
+
+def test_a_circle_of_waits_is_a_refusal_where_the_lockspace_looks_for_it() -> None:
+    async def story() -> None:
+        world = World()
+        a, _ = await world.join(0, deadlocks=True)
+        b, _ = await world.join(1, deadlocks=True)
+        x, y = await world.run(a.lock("x", Mode.EX)), await world.run(b.lock("y", Mode.EX))
+        waiting = await world.start(a.lock("y", Mode.EX))
+        with pytest.raises(LockRefused) as refused:
+            await world.run(b.lock("x", Mode.EX))
+        assert refused.value.code == "deadlock" and "who waits for it" in refused.value.message
+        await world.run(y.unlock())
+        assert (await waiting).mode is Mode.EX and x.mode is Mode.EX
+        with pytest.raises(LockRefused) as refused:
+            await world.join(1)
+        assert refused.value.code == "deadlock-detection"
+
+    asyncio.run(story())
+
+
+def test_an_exclusive_join_finds_nobody_of_its_node_there() -> None:
+    async def story() -> None:
+        world = World()
+        await world.join(0)
+        other = world.daemons[1].session()
+        assert (await world.run(other.join(SPACE, Heard(), max_slots=4, exclusive=True))).our_slot == 2
+        again = world.daemons[0].session()
+        with pytest.raises(LockRefused) as refused:
+            await world.run(again.join(SPACE, Heard(), max_slots=4, exclusive=True))
+        assert refused.value.code == "exists"
+
+    asyncio.run(story())
+
+
+def test_a_lock_that_was_left_behind_is_adopted_with_its_value() -> None:
+    async def story() -> None:
+        world = World()
+        a, _ = await world.join(0)
+        b, _ = await world.join(1)
+        left = await world.run(a.lock("x", Mode.EX, value_block=True, flags=Flag.PERSISTENT))
+        assert left.lvb is not None
+        left.lvb[:3] = b"old"
+        await world.run(left.convert(Mode.PW))
+        await world.run(a.leave())
+        assert left.dead and left.mode is Mode.IV
+        waiting = await world.start(b.lock("x", Mode.PR, value_block=True))
+        again, _ = await world.join(0)
+        for mode, code in ((Mode.EX, "other-mode"), (Mode.PW, "")):
+            told: list[Mode] = []
+            adopting = world.run(again.adopt("x", mode, value_block=True, blocking=told.append))
+            if code:
+                with pytest.raises(LockRefused) as refused:
+                    await adopting
+                assert refused.value.code == code
+        adopted = await adopting
+        assert adopted.mode is Mode.PW and adopted.lvb is not None and bytes(adopted.lvb[:3]) == b"old"
+        assert told == [Mode.PR], "somebody waits for it"
+        adopted.lvb[:3] = b"new"
+        await world.run(adopted.convert(Mode.NL))
+        reader = await waiting
+        assert reader.lvb is not None and bytes(reader.lvb[:3]) == b"new"
+        with pytest.raises(LockRefused) as refused:
+            await world.run(b.adopt("x", Mode.PW))
+        assert refused.value.code == "no-orphan"
+
+    asyncio.run(story())
+
+
+def test_a_purge_frees_what_was_left_behind() -> None:
+    async def story() -> None:
+        world = World()
+        a, _ = await world.join(0)
+        b, _ = await world.join(1)
+        await world.run(a.lock("x", Mode.EX, flags=Flag.PERSISTENT))
+        await world.run(a.leave())
+        waiting = await world.start(b.lock("x", Mode.PR))
+        await world.run(b.purge())
+        await world.run(b.purge(1, 4711))
+        assert not waiting.done(), "another node's, and another process's"
+        await world.run(b.purge(1, 1))
+        assert (await waiting).mode is Mode.PR
+
+    asyncio.run(story())
+
+
+def test_a_cancelled_adoption_keeps_the_lock_until_the_session_ends() -> None:
+    async def story() -> None:
+        world = World()
+        a, _ = await world.join(0)
+        await world.run(a.lock("x", Mode.EX, flags=Flag.PERSISTENT))
+        await world.run(a.leave())
+        again, _ = await world.join(0)
+        adopting = asyncio.ensure_future(again.adopt("x", Mode.EX))
+        await asyncio.sleep(0)
+        adopting.cancel()
+        await world.turn()
+        assert adopting.cancelled()
+        with pytest.raises(LockRefused):
+            await world.run(again.adopt("x", Mode.EX))
+        await world.run(again.leave())
+        third, _ = await world.join(0)
+        assert (await world.run(third.adopt("x", Mode.EX))).mode is Mode.EX
 
     asyncio.run(story())
 
