@@ -12,17 +12,21 @@ DEBIAN_PACKAGES := python3-venv mdadm fio nbdkit nbdkit-plugin-python libnbd-bin
 	qemu-utils e2fsprogs xz-utils util-linux kmod procps \
 	corosync iproute2 gcc libc6-dev libcpg-dev libquorum-dev libvotequorum-dev libcmap-dev
 
-.PHONY: setup packages demo test check bench clean
+# What locks are compared with.
+BENCH_PACKAGES := etcd-server redis-server
+
+.PHONY: setup packages demo test check bench bench-packages clean
 
 setup: packages $(INSTALLED)
 
-packages:
+# install-debian NAMES, WHAT-FOR: those of the packages that are missing, if we may.
+define install-debian
 	@missing=(); \
 	if ! command -v dpkg-query >/dev/null; then \
-		echo "setup: this is no Debian. The demo and the tests also use: $(DEBIAN_PACKAGES)"; \
+		echo "setup: this is no Debian. $(2) also use: $(1)"; \
 		exit 0; \
 	fi; \
-	for package in $(DEBIAN_PACKAGES); do \
+	for package in $(1); do \
 		[[ "$$(dpkg-query -W -f '$${db:Status-Status}' "$$package" 2>/dev/null)" == installed ]] \
 			|| missing+=("$$package"); \
 	done; \
@@ -35,6 +39,10 @@ packages:
 	echo "setup: installing Debian packages: $${missing[*]}"; \
 	export DEBIAN_FRONTEND=noninteractive; \
 	apt-get -qq update && apt-get -qq install -y --no-install-recommends "$${missing[@]}" >/dev/null
+endef
+
+packages:
+	$(call install-debian,$(DEBIAN_PACKAGES),The demo and the tests)
 
 $(INSTALLED): pyproject.toml | packages
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -59,8 +67,15 @@ test: setup check
 	$(BIN)/pytest -n 2 --dist worksteal -m "not alone"
 	$(BIN)/pytest -m alone
 
-bench: setup
+# Debian starts a server that it installs; RUNLEVEL=1 says not to: the benchmark has servers of its own.
+bench-packages: export RUNLEVEL := 1
+bench-packages:
+	$(call install-debian,$(BENCH_PACKAGES),The benchmarks)
+
+bench: setup bench-packages
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --group bench
 	$(BIN)/python benchmarks/cluster.py
+	$(BIN)/python benchmarks/locks.py
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
