@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from clustermd.dlm.lock import is_down_conversion
 from clustermd.dlm.lockspace import Lock, Lockspace, Slot
 from clustermd.dlm.modes import Mode
 from clustermd.errors import ClusterLost, LockRefused, Refused
@@ -35,12 +36,19 @@ class HeldLock:
         self.name = name
         self._blocking = blocking
         self._early: Mode | None = None
+        self._given_up: Mode | None = None
         self._lock: Lock | None = None
 
     @property
     def mode(self) -> Mode:
-        """What is granted: IV when it has been freed or lost."""
-        return Mode.IV if self._lock is None or self.space.lost else self._lock.mode
+        """What this program may rely on: IV when it has been freed or lost.
+
+        Others may have what a down conversion gives away before its completion comes back.
+        """
+        if self._lock is None or self.space.lost:
+            return Mode.IV
+        given = self._given_up
+        return self._lock.mode if given is None or not is_down_conversion(self._lock.mode, given) else given
 
     @property
     def value(self) -> bytes:
@@ -67,7 +75,14 @@ class HeldLock:
         """
         lock = self._alive()
         what = f"converting {self.name} of lockspace {self.space.name} from {lock.mode.name} to {mode.name}"
-        await self.space._asked(lock.convert(mode, noqueue=noqueue), self.name, mode, timeout_s, what)
+        given_before = self._given_up
+        self._given_up = mode if is_down_conversion(self.mode, mode) else None
+        try:
+            await self.space._asked(lock.convert(mode, noqueue=noqueue), self.name, mode, timeout_s, what)
+        except LockRefused as refusal:
+            if refusal.code != "timed-out":
+                self._given_up = given_before
+            raise
 
     async def unlock(self) -> None:
         """Free it. Does nothing when it has been freed. Raises ClusterLost when it was lost before: what it

@@ -114,6 +114,8 @@ class PlainLockspace:
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Self:
+        if self._threads:
+            raise RuntimeError(f"lockspace {self.name} is open already: make another PlainLockspace")
         self._pid = os.getpid()
         self._threads = [
             threading.Thread(target=self._work, name=f"lockspace {self.name}", daemon=True),
@@ -216,6 +218,7 @@ class PlainLockspace:
         self._calls.put(None)
         if threading.current_thread() is not self._threads[1]:
             self._threads[1].join()
+        self._threads = []
         self._space = None
 
     # --- in our threads
