@@ -96,7 +96,13 @@ class Node:
         return NodeLink(self)
 
     async def assemble(
-        self, paths: list[Path], *, faults: list[Fault] | None = None, tick_s: float = 1.0, **options: Any
+        self,
+        paths: list[Path],
+        *,
+        faults: list[Fault] | None = None,
+        tick_s: float = 1.0,
+        excludes: bool = False,
+        **options: Any,
     ) -> None:
         submitter: Any = make_submitter(pool_bytes=64 << 20)
         if self.cluster.faulty:
@@ -106,7 +112,7 @@ class Node:
             lambda path: open_member(path, clustered=True, exclusive=False),
             submitter,
         )
-        coordinator = Cluster("lockspace", self.connect, self.trace)
+        coordinator = Cluster("lockspace", self.connect, self.trace, excludes=excludes)
         self.array = Array("md0", assembly, coordinator, submitter, SystemClock(), self.trace, **options)
         self.array.state.tick_s = tick_s
         self.client = Client(self.array)

@@ -43,17 +43,22 @@ def test_a_reader_sees_what_lockd_writes_and_the_clock_end_it(tmp_path: Path) ->
     lockd.close()
 
 
-def test_a_new_lockd_begins_with_no_lease_and_old_readers_see_it(tmp_path: Path) -> None:
+def test_a_new_lockd_begins_with_no_lease_and_what_it_renews_is_not_for_who_joined_before(
+    tmp_path: Path,
+) -> None:
     now, path = Now(), tmp_path / "lease"
     first = LeaseFile.make(path, now)
-    array = LeaseFile.open(path, now)
-    first.renew(10**12)
+    sleeper = LeaseFile.open(path, now)
+    first.renew(2 * 10**9)
+    now.ns = 3 * 10**9
     second = LeaseFile.make(path, now)
+    array = LeaseFile.open(path, now)
     assert not array.valid()
     second.renew(10**12)
     assert array.valid()
+    assert not sleeper.valid(), "it wakes in a life that others took for dead"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    for lease in (first, array, second):
+    for lease in (first, sleeper, array, second):
         lease.close()
 
 

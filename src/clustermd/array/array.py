@@ -2,7 +2,9 @@
 
 A *life* is one membership: join, load bitmaps, serve, until the array stops or the node loses its place in the
 cluster. After a loss the array drains what is in flight, joins again as a new member, and only then goes on with the
-requests it kept; clients stay connected and see a pause (design section 5). An array without cluster has one life.
+requests it kept; clients stay connected and see a pause (design section 5). Where the others may have gone on without
+this node (`Coordinator.excludes`) nothing is kept over the end of a life: what was not answered is refused, so is what
+is asked before the next life serves, and clients have to connect anew. An array without cluster has one life.
 
 The parts are classes of their own over one `ArrayState`; this file wires them and owns their order at start and stop.
 """
@@ -113,6 +115,8 @@ class Array:
         self._lost = asyncio.Event()
         self._no_contact = ""
         self._in_doubt = ""
+        self._shut_out: Callable[[str], None] = lambda reason: None
+        self._let_in: Callable[[], None] = lambda: None
         self._living = False
         self._merging = asyncio.Lock()
         self._merges = True
@@ -153,6 +157,10 @@ class Array:
 
     def submit(self, batch: list[Request]) -> None:
         """Take a batch of client requests (see `request.Volume`); EINVAL for one that is not whole blocks."""
+        if self.state.excluded:
+            for request in batch:
+                self.state.refuse(request)
+            return
         odd = self.block_bytes - 1
         for request in batch:
             kind = request.kind
@@ -179,7 +187,7 @@ class Array:
     def _flush(self, request: Request) -> None:
         state = self.state
         if state.held:
-            state.parked.append(request)
+            state.keep(request)
         elif state.read_only or not state.writable:
             request.error = 0 if state.read_only else errno.EIO
             request.owner.completed(request)
@@ -222,6 +230,9 @@ class Array:
         self._living = True
         state.trace.point("array.serving", slot=state.slot)
         self._keep_or_serve()
+        if state.excluded and not self._lost.is_set():
+            state.excluded = False
+            self._let_in()
         if not state.read_only:
             self.resync.start()
         self.changed()
@@ -322,7 +333,7 @@ class Array:
                     delay_s = min(2 * delay_s, REJOIN_MOST_S)  # each attempt makes the others recover us
 
     async def _end_life(self) -> None:
-        """Stop what acts, let what is in flight land; requests are kept."""
+        """Stop what acts, let what is in flight land; requests are kept, if they may be."""
         self._living = False
         await self._end_tasks()
         await self._drain()
@@ -333,7 +344,7 @@ class Array:
         await self.faults.stop()
 
     async def _drain(self) -> None:
-        """The gate is shut: what is on its way lands or comes back, and each write is answered or kept."""
+        """The gate is shut: what is on its way lands or comes back, and each write is answered, kept or refused."""
         state = self.state
         self.faults.shut()
         self.bitmap_writer.kick()
@@ -390,10 +401,40 @@ class Array:
         state.gate.shut(reason)
         state.held = reason
         self._no_contact = self._in_doubt = ""
-        state.log.warning("%s: I/O is held until this node has joined again", reason)
         state.trace.point("array.lost", slot=state.slot)
         self._lost.set()
+        if self.coordinator.excludes:
+            self._exclude(reason)
+        else:
+            state.log.warning("%s: I/O is held until this node has joined again", reason)
         self.changed()
+
+    def _exclude(self, reason: str) -> None:
+        """Others may have gone on: whatever is not answered yet is refused, as soon as nothing of it can land."""
+        state = self.state
+        state.log.warning(
+            "%s: others may have gone on without this node, so what clients had asked fails, they have to connect"
+            " again, and all I/O fails until this node has joined again",
+            reason,
+        )
+        state.excluded = True
+        state.exclusions += 1
+        self.writer.exclude()
+        self.reader.exclude()
+        for flush in state.flushes:
+            flush.exclude()
+        self.faults.shut()
+        parked, state.parked = state.parked, []
+        for request in parked:
+            state.refuse(request)
+        self._shut_out(reason)
+
+    def watch_exclusion(self, shut_out: Callable[[str], None], let_in: Callable[[], None]) -> None:
+        """For who serves clients: `shut_out(reason)` when a life ends by exclusion, or at once if one has: its clients
+        are to be disconnected when they have their answers; `let_in()` when the next one serves."""
+        self._shut_out, self._let_in = shut_out, let_in
+        if self.state.excluded:
+            shut_out(self.state.held)
 
     def _outvoted(self, reason: str) -> None:
         """Others went on with members that we have given up: this life ends, the next one begins with what they say."""

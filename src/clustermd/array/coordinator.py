@@ -73,6 +73,9 @@ class Coordinator(Protocol):
     """What an array asks. All calls raise ClusterLost when membership is gone."""
 
     clustered: bool
+    excludes: bool
+    """Whether the others may have gone on as if this node were dead when its membership ends, and what stands above the
+    array with them. Then nothing that this node was asked before may go out after it has joined again."""
 
     async def join(self, array: ArraySide) -> int:
         """Become a member; return the own md slot (from 0). Own bitmap loaded, vacant ones merged (rule 1)."""
@@ -112,6 +115,7 @@ class Alone:
     """The coordinator of an array that only this node runs: every right, no messages."""
 
     clustered = False
+    excludes = False
     messages_sent = 0
 
     async def join(self, array: ArraySide) -> int:

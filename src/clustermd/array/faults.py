@@ -6,6 +6,8 @@ answers wait until all have followed (`known_to_all`), else somebody could still
 A write that missed a member may be answered only after that fault is on the surviving disks and every live
 node has acknowledged it (rule 17, I11): otherwise another node could read, or copy, the stale one. The last
 good member is never failed; its error goes to the client. Faults of one moment are published together.
+
+At the end of a life what waits for a record starts again in the next one; after an exclusion it is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import errno
 from collections.abc import Awaitable, Callable
 
 from clustermd.array.member import Member
-from clustermd.array.state import ArrayState
+from clustermd.array.state import EXCLUDED, ArrayState
 from clustermd.array.write import WriteOp, Writer
 from clustermd.errors import ClusterLost, Refused
 
@@ -139,20 +141,25 @@ class Faults:
         delayed, self._delayed = self._delayed, []
         for op in delayed:
             self._answer(op, error or self._verdict(op))
+        self._tell(error)
+        self.state.submitter.submit()
+
+    def _tell(self, error: int) -> None:
         waiting, self._waiting = self._waiting, []
         for future in waiting:
             if not future.done():
                 future.set_result(error)
-        self.state.submitter.submit()
 
     def shut(self) -> None:
-        """Membership is gone: delayed writes start again in the next life."""
+        """Membership is gone: delayed writes start again in the next life, or are refused."""
         writer = self.writer
         assert writer is not None
         self._over = True
         delayed, self._delayed = self._delayed, []
         for op in delayed:
             writer.redo(op)
+        if self.state.excluded:
+            self._tell(EXCLUDED)
 
     def resume(self) -> None:
         """I/O goes on: faults that were not recorded are published again."""
@@ -185,6 +192,8 @@ class Faults:
         """Wait until no fault is unrecorded; 0, or an errno if that could not be done."""
         if not self.state.unpublished:
             return 0
+        if self.state.excluded:
+            return EXCLUDED
         if self.state.stopping and (self._task is None or self._task.done()):
             return errno.EIO  # it was tried to the last
         future: asyncio.Future[int] = asyncio.get_running_loop().create_future()

@@ -2,6 +2,8 @@
 
 A member that cannot flush is failed, and the client is answered when that is recorded: what it holds in its
 cache may be gone, and nobody may read it as if it were not.
+
+What was asked of a life that ended by exclusion is refused: it says nothing about what the others wrote since.
 """
 
 from __future__ import annotations
@@ -11,19 +13,20 @@ import errno
 
 from clustermd.array.faults import Faults
 from clustermd.array.request import Request
-from clustermd.array.state import ArrayState
+from clustermd.array.state import EXCLUDED, ArrayState
 from clustermd.device.member_device import Op
 
 
 class FlushOp:
     """One flush in flight."""
 
-    __slots__ = ("_failed", "_faults", "_pending", "_request", "_shut", "_state", "tick")
+    __slots__ = ("_exclusions", "_failed", "_faults", "_pending", "_request", "_shut", "_state", "tick")
 
     def __init__(self, state: ArrayState, faults: Faults, request: Request) -> None:
         self._state = state
         self._faults = faults
         self._request = request
+        self._exclusions = state.exclusions
         self._failed = 0
         self._shut = False
         self._pending = 0
@@ -55,11 +58,14 @@ class FlushOp:
         self._done()
         return stuck
 
+    def exclude(self) -> None:
+        self._shut = True
+
     def _done(self) -> None:
         state = self._state
         state.flushes.discard(self)
         if self._shut:
-            state.parked.append(self._request)
+            state.keep(self._request)
         elif self._failed:
             fine = self._faults.fail(self._failed, "a flush failed")
             task = asyncio.get_running_loop().create_task(self._answer_later(0 if fine else errno.EIO))
@@ -69,5 +75,6 @@ class FlushOp:
             self._request.owner.completed(self._request)
 
     async def _answer_later(self, error: int) -> None:
-        self._request.error = await self._faults.recorded() or error
+        error = await self._faults.recorded() or error
+        self._request.error = error if self._state.exclusions == self._exclusions else EXCLUDED
         self._request.owner.completed(self._request)

@@ -4,7 +4,7 @@ Copies may differ while a window covers the range, while a dead node's bits are 
 a chunk of our own awaits its copy. Then every node reads the first usable member in role order, which is also the
 source of the resync (I17, rule 10). Otherwise reads are balanced: a sequential reader stays on its member,
 others go where fewest reads are in flight. A failed read is answered from another member, and the
-bad copy repaired behind it.
+bad copy repaired behind it. A read whose life ended by exclusion is refused, whatever came of it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from clustermd.array.member import Member
 from clustermd.array.member_io import Shared, transfer
 from clustermd.array.request import Request
-from clustermd.array.state import ArrayState
+from clustermd.array.state import EXCLUDED, ArrayState
 from clustermd.device.member_device import Op
 from clustermd.errors import Refused
 
@@ -62,7 +62,7 @@ class Reader:
         state = self.state
         state.foreground += 1
         if state.held:
-            state.parked.append(request)
+            state.keep(request)
             return
         lo = request.offset_bytes >> 9
         hi = lo + (request.length_bytes >> 9)
@@ -89,6 +89,11 @@ class Reader:
             op,
             member.index,
         )
+
+    def exclude(self) -> None:
+        """This life is over, and others may write by now: what is still read here is answered with an error."""
+        for op in self.in_flight:
+            op.request.error = EXCLUDED
 
     def choose(self, lo: int, hi: int) -> Member | None:
         """The member to read [lo, hi) from, or None if no copy can be read."""
@@ -121,7 +126,7 @@ class Reader:
         request = op.request
         self.in_flight.discard(op)
         if result == -errno.ESHUTDOWN:
-            state.parked.append(request)
+            state.keep(request)
             return
         lo = request.offset_bytes >> 9
         hi = lo + (request.length_bytes >> 9)
@@ -151,6 +156,7 @@ class Reader:
         state = self.state
         assert request.buffer is not None
         step = state.block_sectors
+        exclusions = state.exclusions
         for at in range(lo, hi, step):
             tried = 0
             while True:
@@ -162,8 +168,11 @@ class Reader:
                 shared = Shared(state.submitter.pool.take(step * 512))
                 try:
                     result = await transfer(state, member, Op.READ, at, step * 512, shared)
+                    if state.exclusions != exclusions:
+                        state.refuse(request)
+                        return
                     if result == -errno.ESHUTDOWN:
-                        state.parked.append(request)
+                        state.keep(request)
                         return
                     if result == step * 512:
                         place = (at - lo) * 512

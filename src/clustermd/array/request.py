@@ -22,7 +22,8 @@ class Kind(enum.IntEnum):
 
 class Owner(Protocol):
     def completed(self, request: Request) -> None:
-        """`request` is answered. Called from a completion sweep or from within `submit`; must not submit."""
+        """`request` is answered. Called from a completion sweep, from within `submit`, or when a life ends; must not
+        submit."""
 
 
 class Request:

@@ -7,6 +7,7 @@ Each part (write, read, bitmap writer, metadata, faults, resync, sweep) is a cla
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,13 +25,20 @@ from clustermd.ondisk.bitmap_superblock import BitmapSuperblock
 from clustermd.ondisk.superblock import ROLE_LIMIT, Superblock
 from clustermd.trace import Trace
 
+EXCLUDED = errno.ENODEV
+"""The answer to what may never be done: it was asked of a life that others may have taken for dead."""
 
-class Overdue(Protocol):
-    """Something that waits for members since `tick`, and can give up on them."""
+
+class InFlight(Protocol):
+    """Something that waits for members since `tick`."""
 
     tick: int
 
-    def give_up(self) -> int: ...
+    def give_up(self) -> int:
+        """Wait no longer; the mask of members that have not answered."""
+
+    def exclude(self) -> None:
+        """Whatever members answer, the request is refused: its life was ended by others."""
 
 
 @dataclass(slots=True)
@@ -93,12 +101,15 @@ class ArrayState:
         self.clean = True  # what the superblocks are to say
         self.active = False  # they say that the array is in use: writes may go
         self.stopping = False
+        # a life of ours may count as dead for others: what is asked before the next one serves is refused
+        self.excluded = False
+        self.exclusions = 0
         self.writable: list[Member] = []
         self.in_sync: list[Member] = []
         # the largest logical block of the writable members: what any of them can read and write
         self.block_sectors = 1
         self.parked: list[Request] = []
-        self.flushes: set[Overdue] = set()
+        self.flushes: set[InFlight] = set()
         self.tasks: set[asyncio.Task[Any]] = set()
         self.activate: Callable[[], None] = lambda: None  # a write waits for the array to be marked active
         self.refresh()
@@ -106,6 +117,18 @@ class ArrayState:
     @property
     def gate(self) -> Gate:
         return self.submitter.gate
+
+    def keep(self, request: Request) -> None:
+        """Start `request` again when I/O goes on; after an exclusion that may not be, and it is refused."""
+        if self.excluded:
+            self.refuse(request)
+        else:
+            self.parked.append(request)
+
+    def refuse(self, request: Request) -> None:
+        """Answer a request of which nothing is in flight, and nothing will ever be."""
+        request.error = EXCLUDED
+        request.owner.completed(request)
 
     def refresh(self) -> None:
         """Recompute what depends on members' roles."""

@@ -6,6 +6,11 @@ range or window parks the request, a chunk whose bit is not on disk waits for th
 member makes it a matter of `faults`. A write is answered when every member has it, or when
 the fault of those that miss it is recorded and acknowledged by all nodes (rule 17).
 
+When its life ends before every member has it, a write starts again in the next life, unless that life ended by
+exclusion: then others may have written there since, so it is refused, and only when nothing of it is in flight any
+more. What came of it on each member is as with any write that failed: old or new, sector by sector, and its bits,
+which others take over, have it made equal.
+
 A request that a member does not answer within `device_timeout_s` fails that member (rule 16): the client gets its
 answer, the buffer stays with the device until the request is gone. The last good member is not failed, so there the
 range stays taken too: what lands late must not overtake a newer write.
@@ -20,7 +25,7 @@ from functools import partial
 from clustermd.array.bitmap import Bitmap
 from clustermd.array.bitmap_writer import BitmapWriter
 from clustermd.array.request import Kind, Request
-from clustermd.array.state import ArrayState
+from clustermd.array.state import EXCLUDED, ArrayState
 from clustermd.device.member_device import Buffer, Op
 
 
@@ -120,7 +125,7 @@ class Writer:
         state = self.state
         state.foreground += 1
         if state.held or not state.active:
-            state.parked.append(request)
+            state.keep(request)
             if not state.held:
                 state.activate()
             return
@@ -174,7 +179,7 @@ class Writer:
             self._settle(op)
 
     def bits_stable(self, op: WriteOp, error: int) -> None:
-        if not error:
+        if not (error or op.redo):
             self.issue(op)
             return
         if error == errno.ESHUTDOWN:
@@ -184,7 +189,7 @@ class Writer:
     def done(self, op: WriteOp) -> None:
         """Every member has answered."""
         state = self.state
-        if op.failed or state.unpublished:
+        if op.failed or op.redo or state.unpublished:
             self._settle(op)
             return
         state.counters.data_writes += 1
@@ -212,8 +217,18 @@ class Writer:
         op.bitmap.end_write(op.chunks, keep_bits)
         self.state.ranges.remove(op)
 
+    def exclude(self) -> None:
+        """The life of all that is in flight is over, and they may not start again: see `redo`."""
+        for op in self.in_flight:
+            op.redo = True
+
     def redo(self, op: WriteOp) -> None:
-        """The gate shut before the write had reached every member: it starts again in the next life."""
+        """The gate shut before the write had reached every member: it starts again in the next life, or is refused."""
+        if self.state.excluded:
+            op.redo = True
+            if not op.abandoned:
+                self.finish(op, EXCLUDED)
+            return  # else `late` refuses it
         self.state.trace.point("write.redo", lo=op.lo, hi=op.hi)
         self.in_flight.discard(op)
         self._let_go(op, True)
@@ -223,7 +238,11 @@ class Writer:
         """A request that had been given up has ended after all."""
         op.abandoned &= ~(1 << index)
         self.state.members[index].stuck -= 1
-        if op.abandoned or not op.orphaned:
+        if op.abandoned:
+            return
+        if not op.orphaned:
+            if op.redo and self.state.excluded:
+                self.finish(op, EXCLUDED)
             return
         if op.buffer is not None:
             buffer: Buffer = op.buffer

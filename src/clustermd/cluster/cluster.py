@@ -20,11 +20,17 @@ LEAVE_S = 20.0
 
 
 class Cluster:
-    """The Coordinator of a clustered array. `connect()` makes a Link, `lockspace` is the array's UUID as 8-4-4-4-12."""
+    """The Coordinator of a clustered array. `connect()` makes a Link, `lockspace` is the array's UUID as 8-4-4-4-12.
+
+    `excludes`: nodes are machines of which a lost one may be replaced while it lives (see `Coordinator`).
+    """
 
     clustered = True
 
-    def __init__(self, lockspace: str, connect: Callable[[], Awaitable[Link]], trace: Trace) -> None:
+    def __init__(
+        self, lockspace: str, connect: Callable[[], Awaitable[Link]], trace: Trace, *, excludes: bool = False
+    ) -> None:
+        self.excludes = excludes
         self._name = lockspace
         self._connect = connect
         self._trace = trace

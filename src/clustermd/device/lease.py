@@ -7,8 +7,9 @@ submission. That clock goes on while a process is stopped or the machine asleep,
 lease over, before it has heard anything (dlm.md 6.8, 32 and 33).
 
 A look is one load of an aligned 64-bit word, which no writer can tear, and one reading of the clock. A lockd that
-dies leaves a lease that runs out by itself; the next one begins with none, so nothing of a former start of the
-machine counts.
+dies leaves a lease that runs out by itself. The next one makes a file of its own: what it renews counts for who has
+joined through it, and never for a process that slept through the end of the former one and still holds requests of a
+life that others took for dead.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ class LeaseFile:
 
     @classmethod
     def make(cls, path: Path, now_ns: Callable[[], int]) -> LeaseFile:
-        """For lockd: the file, with no lease yet. Raises OSError."""
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        """For lockd: a new file, with no lease yet; who has a former one open sees nothing of it. Raises OSError."""
+        path.unlink(missing_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.ftruncate(descriptor, _BYTES)
             lease = cls(descriptor, now_ns, writable=True)

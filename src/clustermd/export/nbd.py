@@ -3,6 +3,10 @@
 All connections serve the same volume and are one cache: a flush on any of them covers every write answered
 before it arrived on any other (design rule 19), since all of them hand their requests to the one array.
 Which clients are connected is asked of the kernel (SO_PEERCRED), so that a refused stop can name them.
+
+When others went on without this node (`exclude`), what a client knows and caches of the array may be old, and no
+answer can tell it so. Its connection ends with the answers it still gets; whoever connects after that is greeted when
+the array serves again (`admit`), and begins anew.
 """
 
 from __future__ import annotations
@@ -65,6 +69,7 @@ class NbdServer:
         self._connections: dict[Connection, _Peer] = {}
         self._changed = asyncio.Event()
         self._budget: Budget | None = None
+        self._admits = True
 
     async def start(self) -> None:
         """Listen. Raises Refused when the path is too long, or another server answers there."""
@@ -73,7 +78,21 @@ class NbdServer:
         self._listener = listener
         loop = asyncio.get_running_loop()
         self._budget = Budget(BUFFERED_MAX_BYTES, loop)
-        loop.add_reader(listener, self._accept)
+        if self._admits:
+            loop.add_reader(listener, self._accept)
+
+    def exclude(self, reason: str) -> None:
+        """End all connections when what the array has of them is answered; new ones wait for `admit`."""
+        self._admits = False
+        if self._listener is not None:
+            asyncio.get_running_loop().remove_reader(self._listener)
+        for connection in list(self._connections):
+            connection.finish(reason)
+
+    def admit(self) -> None:
+        """Let clients in again."""
+        self._admits = True
+        self._accept_again()
 
     def clients(self) -> list[ClientInfo]:
         """Who is connected, oldest first. A client that said goodbye is not."""
@@ -157,7 +176,7 @@ class NbdServer:
         self._trace.point("export.connected", pid=peer.pid, uid=peer.uid)
 
     def _accept_again(self) -> None:
-        if self._listener is not None:
+        if self._listener is not None and self._admits:
             asyncio.get_running_loop().add_reader(self._listener, self._accept)
 
     def _ended(self, connection: Connection) -> None:

@@ -119,7 +119,9 @@ async def start_array(config: ArrayConfig, rundir: RunDir, trace: Trace, notice:
                         raise
                 return link
 
-            coordinator = Cluster(str(UUID(bytes=assembly.reference.set_uuid)), connect, trace)
+            lockspace = str(UUID(bytes=assembly.reference.set_uuid))
+            # Nodes on one machine share its clients' fate; a machine may be replaced while its clients live.
+            coordinator = Cluster(lockspace, connect, trace, excludes=conf.clustered)
             submitter.gate.listen(partial(_say_lapsed, submitter.gate, config.name))
         array = Array(
             config.name,
@@ -139,6 +141,7 @@ async def start_array(config: ArrayConfig, rundir: RunDir, trace: Trace, notice:
         await array.start()
         server = NbdServer(array, ArrayFiles.of(rundir, config.name).nbd_socket, trace)
         await server.start()
+        array.watch_exclusion(server.exclude, server.admit)
         undo.pop_all()
     return Served(array, server, changed)
 
