@@ -110,6 +110,8 @@ class SimCluster:
         array = machine.array
         if array is not None and (array.excluded or array.outlawed) and process is array.process:
             return  # what it believes counts for nobody
+        if name == "group.view" and array is not None and array.excluded and fields["quorate"]:
+            self._end_excluded(array)  # no disk works for it, and now others hear what it says
         if name == "group.fenced":
             self._declared_dead(machine, fields["node"], int(fields["incarnation"], 16), fields["proof"])
         self.listener(machine, name, fields)
@@ -174,10 +176,15 @@ class SimCluster:
 
     def array_not_started(self, array: ArrayProcess) -> None:
         """The start was refused; an operator tries again."""
-        self._end_process(array.process)
-        self.on_gone(array)
+        self._ended_in_order(array)
         if self.restarts:
             self.loop.later(START_AGAIN_S, self._start_array_if_up, array.machine)
+
+    def _ended_in_order(self, array: ArrayProcess) -> None:
+        self._end_process(array.process)
+        self.on_gone(array)
+        if array.excluded:
+            self.on_ended(array)  # its session said goodbye, so nobody proves that it is over
 
     def _start_array_if_up(self, machine: Machine) -> None:
         if machine.powered and not machine.paused and self.restarts:
@@ -193,8 +200,7 @@ class SimCluster:
             self.loop.later(0.0, finished)
 
         def finished() -> None:
-            self._end_process(array.process)
-            self.on_gone(array)
+            self._ended_in_order(array)
             then()
 
         array.stop(done)
@@ -210,6 +216,7 @@ class SimCluster:
             port.group.leave(port)
         else:
             leaving = lockd
+            leaving.leaving = True
             port.process.context.copy().run(
                 port.say_goodbye, lambda: self.loop.later(0.0, self._end_process, leaving.process)
             )
@@ -407,6 +414,8 @@ class SimCluster:
             array.cut_off()
             if array.process.alive:
                 self.on_excluded(array)
+                if all(link.over for link in array.links):
+                    self.on_ended(array)  # it was no member, so nobody else will say so
                 self.loop.later(GRACE_S[self.fate.below(len(GRACE_S))], self._end_excluded, array)
 
     def switch_off(self, node: int) -> None:

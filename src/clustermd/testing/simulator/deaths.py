@@ -4,6 +4,10 @@ A death has three moments: the array process ends (or the boxes begin to refuse 
 *proved*, nothing of it can land any more; and every living node has *heard* of it, or joined after it was all over.
 Only then are its writes closed for the model, and only then do others write where it wrote: before that a survivor may
 still read the first usable member as it likes (md-cluster spec 9.1), and a cluster filesystem has not replayed yet.
+
+Where nodes are machines (agreed manner), the end of a life is a death, though its process lives on: the others may go
+on without it, and so may the filesystem. Its clients are answered with errors, its regions go to whoever lives when all
+know; and once it is proved that nothing of that life can land any more, nothing that it was asked may ever land.
 """
 
 from __future__ import annotations
@@ -13,15 +17,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from clustermd.testing.simulator.cluster import SimCluster
-from clustermd.testing.simulator.machine import ArrayProcess
+from clustermd.testing.simulator.machine import ArrayProcess, SimLink
 from clustermd.testing.simulator.model import Model, Write
 from clustermd.testing.simulator.workload import Clients
 
 Tell = Callable[[str, str, dict[str, Any]], None]
 """an event of the trace: node, name, fields"""
 
-HEARD = frozenset(("cluster.lost", "join.member", "join.gathered"))
-"""Trace points at which an array process hears of deaths, or cannot have missed one."""
+HEARD = frozenset(("cluster.lost", "join.member", "join.gathered", "array.lost"))
+"""Trace points at which an array process hears of deaths, its own among them, or cannot have missed one."""
 
 
 @dataclass(slots=True, eq=False)
@@ -33,6 +37,7 @@ class Death:
     slot: int
     since_s: float
     proved_s: float = -1.0
+    links: tuple[SimLink, ...] = ()  # of a process that lives on: over when nothing of that life can land
 
     def known_to(self, other: ArrayProcess) -> bool:
         """Whether `other` has heard of it, or joined after it was all over."""
@@ -57,6 +62,9 @@ class Deaths:
 
     def heard(self, array: ArrayProcess, name: str, fields: dict[str, Any]) -> None:
         """`array` passed one of the points `HEARD`."""
+        if name == "array.lost":
+            self._life_lost(array)
+            return
         if name == "join.member":
             array.last_slot = fields["slot"]
             array.broken_s = array.ended_s = -1.0
@@ -90,18 +98,39 @@ class Deaths:
         array.serving = False
         if array.broken_s < 0:
             array.broken_s = self._cluster.loop.time()
+        writes = self._clients.process_gone(array)
+        if array.last_slot >= 0 or writes:
+            self._clients.orphaned(array.machine)
+            self.open.append(Death(array, writes, array.last_slot, array.broken_s))
+
+    def _life_lost(self, array: ArrayProcess) -> None:
+        """A membership ended, and the others may go on as if its process were dead."""
+        links = tuple(array.links)
+        known = any(death.array is array and death.links == links for death in self.open)
+        if self._cluster.plan.durable or not links or known:
+            return
+        if array.broken_s < 0:
+            array.broken_s = self._cluster.loop.time()
         self._clients.orphaned(array.machine)
-        self.open.append(Death(array, self._clients.process_gone(array), array.last_slot, array.broken_s))
+        writes = self._clients.writes_of(array)
+        self.open.append(Death(array, writes, array.last_slot, array.broken_s, links=links))
 
     def _ended(self, array: ArrayProcess) -> None:
         """Nothing of that array process, or of a former life of it, can land any more."""
+        if array.outlawed:
+            self._life_lost(array)  # before it heard of it itself
         array.ended_s = self._cluster.loop.time()
         over = array.excluded or (not array.process.alive and not array.submitter.in_flight)
         if over:
             self._tell(array.machine.name, "process.drained", {})
         for death in self.open:
-            if death.array is array and death.proved_s < 0 and (over or not array.submitter.in_flight):
+            if death.array is not array or death.proved_s >= 0:
+                continue
+            left = bool(death.links) and all(link.over for link in death.links)
+            if over or left or not array.submitter.in_flight:
                 death.proved_s = self._cluster.loop.time()
+                if death.links:
+                    self._model.bar(death.writes)
         self._settle()
 
     def _settle(self) -> None:

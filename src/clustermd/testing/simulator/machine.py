@@ -78,6 +78,7 @@ class Lockd:
         self.suspended_by = ""
         self.proving = False
         self.declared_dead = False
+        self.leaving = False
         self.followed = False  # the next one there knows that its processes' requests have landed
         machine.lockds.append(self)
 
@@ -140,7 +141,7 @@ class Lockd:
         attached.ended = True
         self.sessions.pop(attached.number, None)
         self.replica.session_end(attached.number, proof, clean)
-        if not clean:
+        if not clean or not self.cluster.plan.durable:
             self.cluster.on_ended(attached.array)
 
 
@@ -258,6 +259,7 @@ class ArrayProcess:
                 and lockd.process.alive
                 and not lockd.process.paused
                 and lockd.replica.installed
+                and not lockd.leaving
             ):
                 return SimLink(self, lockd)
             await asyncio.sleep(POLL_S)
@@ -268,7 +270,7 @@ class ArrayProcess:
         by_name = {path.path: path for path in self.paths if path.box.powered and not path.lost_path}
         try:
             assembly = await load_members(list(by_name), by_name.__getitem__, self.submitter)
-            coordinator = Cluster(LOCKSPACE, self._connect, self.trace)
+            coordinator = Cluster(LOCKSPACE, self._connect, self.trace, excludes=not plan.durable)
             array = Array(
                 "md0",
                 assembly,
