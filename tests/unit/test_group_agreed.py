@@ -127,6 +127,20 @@ def test_a_proof_is_of_the_lives_that_were_lost_when_fencing_began() -> None:
     assert [fenced[:2] for fenced in one.of("fenced")] == [(3, 1), (3, 2)], "the second attempt had begun"
 
 
+def test_of_several_lives_of_a_node_the_one_lost_last_counts_for_the_wait() -> None:
+    ring, (one, _, three_) = three()
+    ring.end(three_)
+    ring.run()
+    ring.tick(100)
+    again = ring.start(3, incarnation=2)[0]  # same boot, and no word of the former life's end
+    ring.run()
+    lost_s = ring.clock.at_s
+    ring.lose(again)
+    ring.run()
+    (victim,) = one.fencing
+    assert (victim.incarnation, victim.lost_at_boottime_s) == (2, lost_s)
+
+
 def test_a_late_success_proves_nothing_of_a_life_that_began_after_it() -> None:
     ring, (one, _, three_) = three()
     ring.lose(three_)

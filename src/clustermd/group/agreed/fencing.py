@@ -125,8 +125,9 @@ class Fencing:
                 and not self._proofs.keys() >= {key for key in self.lost if key[0] == node}
             )
             if mine and node not in self._at_work:
-                first = min(self._of(node), key=lambda lost: lost.since_s)
-                victim = Victim(node, first.life.member.name, first.life.member.incarnation, first.since_s)
+                # of several lives the one lost last: its lease runs longest
+                last = max(self._of(node), key=lambda lost: lost.since_s)
+                victim = Victim(node, last.life.member.name, last.life.member.incarnation, last.since_s)
                 self._at_work[node] = frozenset(key for key in self.lost if key[0] == node)
                 self._shell.begin(victim)
             elif not mine and node in self._at_work:
