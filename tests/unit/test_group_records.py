@@ -131,6 +131,25 @@ def test_a_daemon_that_fails_says_why(tmp_path: Path) -> None:
     assert refused.value.code == "not-running"
 
 
+def test_a_daemon_that_gives_a_reason_is_quoted_with_that_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same words each time, whatever else its log holds: whoever tries again can say them once."""
+    (tmp_path / "sad.py").write_text(
+        "import logging, sys\n"
+        "logging.basicConfig(format='%(asctime)s [%(process)d] %(message)s')\n"
+        "logging.error('ended: corosync is not running')\n"
+        "sys.exit(70)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for _ in range(2):
+        with pytest.raises(Refused) as refused:
+            asyncio.run(
+                connect_or_start(nobody, "sad", RunDir(tmp_path, "a"), tmp_path / "log", SystemClock())
+            )
+        assert refused.value.message == "sad ended by itself: corosync is not running"
+
+
 def test_a_daemon_that_is_killed_at_its_start_is_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

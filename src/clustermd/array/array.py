@@ -316,6 +316,7 @@ class Array:
             await self._lost.wait()
             await self._end_life()
             delay_s = REJOIN_S
+            said = ""
             while True:
                 try:
                     await self._begin()
@@ -323,7 +324,9 @@ class Array:
                     break
                 except (Refused, OSError) as error:
                     self.state.held = f"not a member of the cluster: {error}"
-                    self.state.log.warning("joining again failed: %s", error)
+                    if str(error) != said:
+                        said = str(error)
+                        self.state.log.warning("joining again failed, and will be tried again: %s", error)
                     self.changed()
                     self.state.gate.shut("joining again failed")
                     await self._drain()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import re
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ START_DEADLINE_S = 30.0
 _READY_FD = 3
 _READY_VARIABLE = "CLUSTERMD_READY_FD"
 _LOG_TAIL_BYTES = 2000
+_REASON = re.compile(r"\] ended: (.+)\Z")
 
 T = TypeVar("T")
 
@@ -56,6 +58,7 @@ async def connect_or_start(
                     "not-running", f"no {module} answers in {rundir.root}, and none was to be started"
                 ) from None
         left_s = end_s - clock.monotonic_s()
+        said = log.stat().st_size if log.exists() else 0
         outcome = await start_daemon(module, rundir, log, left_s) if left_s > 0 else None
         if outcome is None:
             raise Refused(
@@ -66,9 +69,7 @@ async def connect_or_start(
             # a file lock gives no event: its holder listens soon, or is just ending
             await asyncio.sleep(0.02)
         elif outcome > 0:
-            raise Refused(
-                "daemon-failed", f"{module} ended with status {outcome}. The end of {log}:\n{log_tail(log)}"
-            )
+            raise Refused("daemon-failed", f"{module} ended {_why(outcome, log, said)}")
 
 
 async def start_daemon(module: str, rundir: RunDir, log: Path, deadline_s: float) -> int | None:
@@ -131,11 +132,18 @@ def _reap(pid: int) -> asyncio.Future[int]:
     return status
 
 
-def log_tail(log: Path) -> str:
-    """The last lines of a log, for an error a person reads."""
+def _why(status: int, log: Path, said: int) -> str:
+    """Why a daemon ended: the reason alone, if it gave one (`group.daemon`), else what it wrote after `said` bytes."""
+    words = log_tail(log, said)
+    reason = _REASON.search(words)
+    return f"by itself: {reason[1]}" if reason else f"with status {status}. The end of {log}:\n{words}"
+
+
+def log_tail(log: Path, start: int = 0) -> str:
+    """The last lines of a log from byte `start` on, for an error a person reads."""
     try:
         with open(log, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - _LOG_TAIL_BYTES))
+            file.seek(max(start, os.fstat(file.fileno()).st_size - _LOG_TAIL_BYTES))
             return file.read().decode(errors="replace").strip() or "(empty)"
     except OSError as error:
         return f"(cannot be read: {error})"
