@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import goldens
@@ -19,12 +21,16 @@ US = (1, 1, 1)
 LVB_BYTES = 32
 
 
-def sequences() -> list[dict[str, Any]]:
+def recordings() -> list[Path]:
+    """All files of recorded sequences; none where this machine has no recordings."""
     root = goldens.directory()
-    if root is None:
-        pytest.skip("no recorded answers: set CLUSTERMD_GOLDENS to their directory")
-    with gzip.open(root / "dlm" / "kernel-6.1.jsonl.gz", "rt") as lines:
-        return [json.loads(line) for line in lines]
+    return [] if root is None else sorted((root / "dlm").glob("*.jsonl*"))
+
+
+def sequences(path: Path) -> Iterator[dict[str, Any]]:
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
+        for line in lines:
+            yield json.loads(line)
 
 
 class Recorded:
@@ -44,7 +50,8 @@ class Recorded:
         if word == "req":
             name, mode, flags = rest
             rc, lock = self.engine.request(US, 0, SPACE, name.encode(), mode, flags, True)
-            self.ids[handle], self.handles[lock] = lock, handle
+            if rc == 0:
+                self.ids[handle], self.handles[lock] = lock, handle
         elif word == "conv":
             mode, flags, lvb = rest
             rc, _ = self.engine.convert(US, 0, self.ids[handle], mode, flags, value(lvb))
@@ -109,9 +116,10 @@ def recorded(answer: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def test_every_recorded_answer_of_the_kernel_is_ours() -> None:
+@pytest.mark.parametrize("path", recordings(), ids=lambda path: path.name)
+def test_every_recorded_answer_of_the_kernel_is_ours(path: Path) -> None:
     operations = 0
-    for number, sequence in enumerate(sequences()):
+    for number, sequence in enumerate(sequences(path)):
         ours = Recorded()
         for place, (op, answer) in enumerate(zip(sequence["ops"], sequence["kernel"], strict=True)):
             assert ours.do(op) == recorded(answer), f"sequence {number}, operation {place}: {op}"
@@ -120,4 +128,6 @@ def test_every_recorded_answer_of_the_kernel_is_ours() -> None:
             ours.engine.unlock(US, 0, ours.ids[handle], int(Flag.FORCEUNLOCK), None)
         assert ours.resources() == {}
         assert ours.engine.locks == {}
-    assert operations > 12_000
+    assert operations > 0
+    if path.name == "kernel-6.1.jsonl.gz":
+        assert operations > 12_000

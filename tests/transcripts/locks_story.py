@@ -7,9 +7,11 @@ of the engine are checked (dlm.md 6.9).
     members A B C   join without many words
     join A [slots=4]                        leave A                recovered A slot=2 [generation=3]
     request A.token EX [FLAG ...] [nobast]  convert A.token PR [FLAG ...] [value=text]
-    unlock A.token [FLAG ...] [value=text]  cancel A.token
+    unlock A.token [FLAG ...] [value=text]  cancel A.token [EDEADLK | ETIMEDOUT]
+    purge A node=1 [pid=1]
     lose A          its connection ended, its I/O may be in flight        end A        its process is proved dead
     fence A         its whole node is proved dead                         goodbye A    it ended cleanly
+    deadlocks       before the first join: the lockspace looks for circles of waits
     queues [name]   what is in the three queues, and the value            slots
     compatibility, directions               tables, found by asking the engine
 """
@@ -30,7 +32,8 @@ from clustermd.dlm.effects import (
     SessionKey,
 )
 from clustermd.dlm.engine import Engine
-from clustermd.dlm.modes import Flag, Mode, StatusFlag
+from clustermd.dlm.modes import Flag, Mode, SpaceFlag, StatusFlag
+from clustermd.dlm.orphans import NODE_SESSION, owner_of
 from clustermd.dlm.resource import Lock, Resource
 from clustermd.dlm.space import SeatState
 from clustermd.testing.locks.invariants import Checker
@@ -40,12 +43,12 @@ LVB_BYTES = 8
 MODES = tuple(mode for mode in Mode if mode is not Mode.IV)
 STATUS = {
     getattr(modes, word): word
-    for word in ("EAGAIN", "EBUSY", "EINVAL", "ENOENT", "EDEADLK", "ECANCEL", "EUNLOCK")
+    for word in ("EAGAIN", "EBUSY", "EINVAL", "ENOENT", "EDEADLK", "ETIMEDOUT", "ECANCEL", "EUNLOCK")
 }
 
 
-def key_of(session: str, life: int = 1) -> SessionKey:
-    return (ord(session) - ord("A") + 1, life, 1)
+def key_of(session: str, life: int = 1, number: int = 1) -> SessionKey:
+    return (ord(session) - ord("A") + 1, life, number)
 
 
 def session_of(key: SessionKey) -> str:
@@ -75,15 +78,19 @@ class LocksStory:
     def __init__(self) -> None:
         self.engine = Engine()
         self.checker = Checker(self.engine)
-        self.lives: dict[str, int] = {}
+        self.lives: dict[str, tuple[int, int]] = {}
         self.ids: dict[str, int] = {}
         self.names: dict[int, str] = {}
+        self.flags = 0
 
     def begin(self) -> None: ...
 
     def close(self) -> None: ...
 
     # --- sessions
+
+    def do_deadlocks(self) -> None:
+        self.flags = int(SpaceFlag.DEADLOCKS)
 
     def do_members(self, *sessions: str) -> list[str]:
         for session in sessions:
@@ -94,7 +101,7 @@ class LocksStory:
         key = self._key(session)
         if key not in self.engine.sessions:
             self.engine.open_session(key, session, "transcript", 1)
-        self.engine.join(key, 1, SPACE, LVB_BYTES, int(slots.removeprefix("slots=")))
+        self.engine.join(key, 1, SPACE, LVB_BYTES, int(slots.removeprefix("slots=")), self.flags)
         return self._told()
 
     def do_leave(self, session: str) -> list[str]:
@@ -117,7 +124,8 @@ class LocksStory:
         return self._told()
 
     def do_fence(self, session: str) -> list[str]:
-        self.engine.end_sessions([self._dies(session)], clean=False, node_died=True)
+        owner = owner_of(self._key(session))
+        self.engine.end_sessions([self._dies(session, node=True), owner], clean=False, node_died=True)
         return self._told()
 
     def do_goodbye(self, session: str) -> list[str]:
@@ -131,11 +139,12 @@ class LocksStory:
         flags, _, bast = _options(words)
         lock_id = self.engine.next_lock
         self.names[lock_id] = name
-        rc, _ = self.engine.request(
+        rc, adopted = self.engine.request(
             self._key(session), 1, SPACE, resource.split("/")[0].encode(), Mode[mode], flags, bast
         )
         if rc == 0:
-            self.ids[name] = lock_id
+            self.ids[name] = adopted
+            self.names[adopted] = name
         return self._told(name, rc)
 
     def do_convert(self, name: str, mode: str, *words: str) -> list[str]:
@@ -150,9 +159,13 @@ class LocksStory:
         rc, _ = self.engine.unlock(self._key(name[0]), 3, self.ids[name], flags, self._buffer(name, value))
         return self._told(name, rc)
 
-    def do_cancel(self, name: str) -> list[str]:
-        rc, _ = self.engine.cancel(self._key(name[0]), self.ids[name])
+    def do_cancel(self, name: str, status: str = "ECANCEL") -> list[str]:
+        rc, _ = self.engine.cancel(self._key(name[0]), self.ids[name], getattr(modes, status))
         return self._told(name, rc)
+
+    def do_purge(self, session: str, node: str, pid: str = "pid=0") -> list[str]:
+        numbers = int(node.removeprefix("node=")), int(pid.removeprefix("pid="))
+        return self._told(session, self.engine.purge(self._key(session), SPACE, *numbers))
 
     # --- looking
 
@@ -213,12 +226,12 @@ class LocksStory:
     # --- words
 
     def _key(self, session: str) -> SessionKey:
-        return key_of(session, self.lives.get(session, 1))
+        return key_of(session, *self.lives.get(session, (1, 1)))
 
-    def _dies(self, session: str) -> SessionKey:
-        """Its key; the next session of that name is another one."""
+    def _dies(self, session: str, *, node: bool = False) -> SessionKey:
+        """Its key; the next session of that name is another one, in another life of its node if that died too."""
         key = self._key(session)
-        self.lives[session] = key[1] + 1
+        self.lives[session] = (key[1] + 1, 1) if node else (key[1], key[2] + 1)
         return key
 
     def _buffer(self, name: str, value: bytes | None) -> bytes | None:
@@ -283,7 +296,9 @@ class LocksStory:
     def _in_queue(self, word: str, lock: Lock) -> str:
         name = self.names[lock.id]
         who = name[0] + ("/" + name.split("/")[1] if "/" in name else "")
-        if self.engine.sessions[lock.session].lost:
+        if lock.session[2] == NODE_SESSION:
+            who += " (left behind)"
+        elif self.engine.sessions[lock.session].lost:
             who += " (lost)"
         held, wanted = Mode(lock.gr).name, Mode(lock.rq).name
         return f"{who} " + (
@@ -297,7 +312,7 @@ def _outcome(cast: Cast) -> str:
         return "freed"
     if status is not None:
         return f"{status}, " + ("there is no lock" if cast.mode < 0 else f"stays {Mode(cast.mode).name}")
-    words = [f"granted {Mode(cast.mode).name}"]
+    words = [f"{'adopted' if cast.adopted else 'granted'} {Mode(cast.mode).name}"]
     if cast.lvb is not None:
         words.append(f"value {text_of(cast.lvb)}")
     words += [flag.name for flag in StatusFlag if flag & cast.sb_flags and flag.name]
