@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 from lock_kit import PATIENCE_S, runs
 
-from clustermd.dlm.modes import Mode
+from clustermd.dlm.modes import Flag, Mode
 from clustermd.errors import ClusterLost, LockRefused, Refused
 from clustermd.lockd.api import HeldLock, connect_lockspace
+from clustermd.lockd.client import lockd_status
 from clustermd.lockd.plain import PlainLock, PlainLockspace
 from clustermd.rundir import RunDir
 from clustermd.testing.local_cluster import LocalCluster
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.system
 
 HOLDER = """
 import sys, time
-from clustermd.dlm.modes import Mode
+from clustermd.dlm.modes import Flag, Mode
 from clustermd.lockd.plain import PlainLockspace
 with PlainLockspace("space") as space:
     lock = space.lock("r", Mode[sys.argv[1]], value_block=True)
@@ -289,3 +290,34 @@ def test_a_process_that_stands_still_is_killed_before_its_lock_goes_on(
     os.kill(holder.pid, signal.SIGSTOP)
     with one.lock("r", timeout_s=PATIENCE_S):
         assert not runs(holder.pid)
+
+
+def test_a_circle_of_waits_is_refused_where_members_want_that(nodes: Nodes) -> None:
+    one, two = nodes.join("n1", deadlocks=True), nodes.join("n2", deadlocks=True)
+    with one.lock("a"), two.lock("b"):
+        taking = threading.Thread(target=lambda: one.lock("b", timeout_s=PATIENCE_S).unlock())
+        taking.start()
+        wait_until(lambda: queued(nodes, "b"), "n1 to wait", PATIENCE_S)
+        with pytest.raises(LockRefused) as refused:
+            two.lock("a", timeout_s=PATIENCE_S)
+        assert refused.value.code == "deadlock"
+    taking.join(PATIENCE_S)
+    with pytest.raises(LockRefused) as refused:
+        nodes.join("n3")
+    assert refused.value.code == "deadlock-detection"
+
+
+def queued(nodes: Nodes, name: str) -> list[Any]:
+    state = asyncio.run(lockd_status(nodes.rundir("n1")))
+    resources = state["replica"]["lockspaces"]["space"]["resources"]
+    waiting: list[Any] = resources[name]["waiting"]
+    return waiting
+
+
+def test_flags_of_the_lock_manager(nodes: Nodes) -> None:
+    one, two = nodes.join("n1"), nodes.join("n2")
+    with one.lock("r", Mode.PR), two.lock("r", Mode.EX, flags=Flag.ALTPR) as lock:
+        assert lock.mode is Mode.PR, "the alternative"
+        with pytest.raises(LockRefused) as refused:
+            lock.convert(Mode.EX, noqueue=True, flags=Flag.NOQUEUEBAST)
+        assert refused.value.code == "would-block"

@@ -24,6 +24,7 @@ from clustermd.conf import Conf
 from clustermd.errors import LockRefused, Refused
 from clustermd.group.liveness import Bounds
 from clustermd.lockd.api import HeldLock, OpenLockspace, connect_lockspace
+from clustermd.lockd.lease_watch import grace_s
 from clustermd.lockd.who import Wait, holder, waits
 from clustermd.lockd.witness_file import WitnessFile
 from clustermd.rundir import RunDir
@@ -43,14 +44,16 @@ def run(words: Sequence[str]) -> int:
     options = parse(words)
     try:
         rundir = RunDir.from_environment()
-        bounds = Bounds.from_environment(Conf.load())
+        conf = Conf.load()
+        bounds = Bounds.from_environment(conf)
+        grace = grace_s(conf, min(GRACE_S, bounds.unresponsive_s / 2))
         proof = WitnessFile(rundir)
     except Refused as refusal:
         return _refused(options, refusal)
     try:
         guard = start_guard(options.command, proof.bury)
         try:
-            return asyncio.run(_Holder(options, rundir, proof, guard, bounds).live())
+            return asyncio.run(_Holder(options, rundir, proof, guard, grace).live())
         finally:
             guard.link.close()
     finally:
@@ -67,13 +70,13 @@ class _Holder:
     """The process that has the session: it waits, says for whom, lets the command run, and sees to its end."""
 
     def __init__(
-        self, options: Options, rundir: RunDir, proof: WitnessFile, guard: Guard, bounds: Bounds
+        self, options: Options, rundir: RunDir, proof: WitnessFile, guard: Guard, grace_s: float
     ) -> None:
         self._options = options
         self._rundir = rundir
         self._proof = proof
         self._guard = guard
-        self._grace_s = min(GRACE_S, bounds.unresponsive_s / 2)
+        self._grace_s = grace_s
         self._events: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
         self._told: object = None
 

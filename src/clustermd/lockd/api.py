@@ -25,10 +25,14 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+from clustermd.clock import SystemClock
+from clustermd.conf import Conf
+from clustermd.device.lease import LeaseFile
 from clustermd.dlm.wire import SLOTS_MAX
 from clustermd.errors import Refused
 from clustermd.lockd.client import LockdConnection, connect
 from clustermd.lockd.held import HeldLock, OpenLockspace, ended
+from clustermd.lockd.lease_watch import patience_s
 from clustermd.lockd.witness_file import WitnessFile
 from clustermd.rundir import RunDir
 
@@ -49,6 +53,7 @@ async def connect_lockspace(
     timeout_s: float | None = None,
     value_block_bytes: int = VALUE_BLOCK_BYTES,
     max_slots: int = SLOTS_MAX,
+    deadlocks: bool = False,
     witness: WitnessFile | bool = True,
     on_lost: Callable[[str], None] | None = None,
     on_waiting: Callable[[str], None] | None = None,
@@ -58,21 +63,40 @@ async def connect_lockspace(
     `label` is what people see of this process (default: the program's name). Waits for the cluster, without bound
     unless `timeout_s` is given; `on_waiting(reason)` hears for what. `start` False does not start a lockd. With
     `witness` False locks are free as soon as the lockd has lost this process, whatever that one is still at.
-    Raises Refused ("not-running", "daemon-failed", "group-not-ready"), LockRefused ("value-block-size"
-    "too-many-nodes"), ClusterLost.
+    With `deadlocks` a request that would close a circle of waits is refused ("deadlock"); all members must say the
+    same. Raises Refused ("not-running", "daemon-failed", "group-not-ready"), LockRefused ("value-block-size",
+    "deadlock-detection", "too-many-nodes"), ClusterLost.
     """
     where = rundir or RunDir.from_environment()
     proof = WitnessFile(where) if witness is True else witness or None
+    conf = Conf.load()
     entering = _Entering(name, where, label or os.path.basename(sys.argv[0]) or "python", start, on_waiting)
     try:
-        space = await entering.within(timeout_s, proof, on_lost, value_block_bytes, max_slots)
+        space = await entering.within(timeout_s, proof, on_lost, value_block_bytes, max_slots, deadlocks)
         try:
-            yield space
+            async with _leased(space, where, conf):
+                yield space
         finally:
             await space.leave()
     finally:
         if proof is not None:
             proof.close()
+
+
+@asynccontextmanager
+async def _leased(space: OpenLockspace, rundir: RunDir, conf: Conf) -> AsyncIterator[None]:
+    """Beside the block, on a cluster of machines: the session ends with this node's lease."""
+    if not conf.clustered:
+        yield
+        return
+    clock = SystemClock()
+    lease = LeaseFile.open(rundir.lease, lambda: int(clock.boottime_s() * 1e9))
+    task = asyncio.get_running_loop().create_task(space.end_with(lease, clock, patience_s(conf)))
+    try:
+        yield
+    finally:
+        task.cancel()
+        await ended(task)
 
 
 class _Entering:
@@ -96,11 +120,12 @@ class _Entering:
         on_lost: Callable[[str], None] | None,
         value_block_bytes: int,
         max_slots: int,
+        deadlocks: bool,
     ) -> OpenLockspace:
         async def enter() -> OpenLockspace:
             connection = self._connection = await self._connect()
             space = OpenLockspace(self._name, connection, proof, on_lost)
-            await space.enter(value_block_bytes, max_slots)
+            await space.enter(value_block_bytes, max_slots, deadlocks)
             return space
 
         task = asyncio.get_running_loop().create_task(enter())

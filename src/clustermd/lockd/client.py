@@ -77,10 +77,10 @@ class LockdConnection:
         if self._link is not None:
             self._link.close()
 
-    def abort(self) -> None:
+    def abort(self, reason: str = "dropped") -> None:
         """Drop the connection without goodbye, as a death of this process would."""
         if self._link is not None:
-            self._link.fail("dropped")
+            self._link.fail(reason)
 
     def on_lost(self, listener: Callable[[str], None]) -> None:
         """Call `listener(reason)` when the session is lost, after `Session.on_lost`."""

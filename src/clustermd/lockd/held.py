@@ -12,12 +12,15 @@ from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from clustermd.clock import Clock
+from clustermd.device.lease import LeaseFile
 from clustermd.dlm.lock import is_down_conversion
 from clustermd.dlm.lockspace import Lock, Lockspace, Slot
-from clustermd.dlm.modes import Mode
+from clustermd.dlm.modes import Flag, Mode
 from clustermd.errors import ClusterLost, LockRefused, Refused
 from clustermd.group.tasks import Tasks
 from clustermd.lockd.client import LockdConnection
+from clustermd.lockd.lease_watch import lease_ends
 from clustermd.lockd.who import holder, holders
 from clustermd.lockd.witness_file import WitnessFile
 
@@ -68,9 +71,12 @@ class HeldLock:
         """False when the last one who could write it died with that right: the value may be an old one."""
         return self._alive().lvb_valid
 
-    async def convert(self, mode: Mode, *, noqueue: bool = False, timeout_s: float | None = None) -> None:
-        """Change the mode, and wait for that. Raises LockRefused ("would-block", "timed-out", "deadlock", "busy").
+    async def convert(
+        self, mode: Mode, *, noqueue: bool = False, timeout_s: float | None = None, flags: Flag = Flag.NONE
+    ) -> None:
+        """Change the mode, and wait for that. `flags` are those of `Lock.convert`.
 
+        Raises LockRefused ("would-block", "timed-out", "deadlock", "busy"), ClusterLost.
         Refused, the lock keeps its old mode. After "timed-out" it is busy until the lock manager has confirmed that.
         """
         lock = self._alive()
@@ -78,7 +84,9 @@ class HeldLock:
         given_before = self._given_up
         self._given_up = mode if is_down_conversion(self.mode, mode) else None
         try:
-            await self.space._asked(lock.convert(mode, noqueue=noqueue), self.name, mode, timeout_s, what)
+            await self.space._asked(
+                lock.convert(mode, noqueue=noqueue, flags=flags), self.name, mode, timeout_s, what
+            )
         except LockRefused as refusal:
             if refusal.code != "timed-out":
                 self._given_up = given_before
@@ -171,8 +179,9 @@ class OpenLockspace:
         noqueue: bool = False,
         timeout_s: float | None = None,
         blocking: Blocking | None = None,
+        flags: Flag = Flag.NONE,
     ) -> HeldLock:
-        """A new lock on resource `name` (1 to 64 bytes), when it is granted.
+        """A new lock on resource `name` (1 to 64 bytes), when it is granted. `flags`: `Lockspace.lock`.
 
         Raises LockRefused: "would-block" with `noqueue` where others exclude `mode`, "timed-out" after `timeout_s`;
         both name the holders and have them in `data["holders"]`. "invalid" for a name that is none. Raises ClusterLost.
@@ -187,6 +196,7 @@ class OpenLockspace:
             value_block=value_block,
             noqueue=noqueue,
             blocking=held._blocked if blocking is not None else None,
+            flags=flags,
         )
         lock = await self._asked(wanted, name, mode, timeout_s, what)
         self._held.add(held)
@@ -259,17 +269,22 @@ class OpenLockspace:
         if self._on_lost is not None:
             self._on_lost(reason)
 
-    async def enter(self, value_block_bytes: int, max_slots: int) -> None:
+    async def enter(self, value_block_bytes: int, max_slots: int, deadlocks: bool) -> None:
         """Register what proves our end, then join. For `connect_lockspace`."""
         self.connection.on_lost(self._session_lost)
         if self._witness is not None:
             await self._witness.register(self.connection)
         self._space = await self.connection.session.join(
-            self.name, _Recovery(self), lvb_bytes=value_block_bytes, max_slots=max_slots
+            self.name,
+            _Recovery(self),
+            lvb_bytes=value_block_bytes,
+            max_slots=max_slots,
+            deadlocks=deadlocks,
         )
 
     async def leave(self) -> None:
         """Free all locks and end the session, at once when the cluster stands still. For `connect_lockspace`."""
+        self._tasks.cancel()
         if self._witness is not None:
             self._witness.release()
         if self.stands_still:
@@ -282,6 +297,14 @@ class OpenLockspace:
                 await self.connection.close()
         except (TimeoutError, Refused):
             self.connection.abort()
+
+    async def end_with(self, lease: LeaseFile, clock: Clock, patience_s: float) -> None:
+        """Give the session up when this node's lease is over for good. For `connect_lockspace`."""
+        try:
+            await lease_ends(lease, clock, patience_s)
+        finally:
+            lease.close()
+        self.connection.abort("this node's lease has run out, so the cluster may give its locks to others")
 
     async def _recovered(self, slot: int) -> None:
         space = self.connection.session.spaces.get(self.name)

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from clustermd.dlm.lockspace import Slot
-from clustermd.dlm.modes import Mode
+from clustermd.dlm.modes import Flag, Mode
 from clustermd.dlm.wire import SLOTS_MAX
 from clustermd.errors import ClusterLost, Refused
 from clustermd.lockd.api import VALUE_BLOCK_BYTES, HeldLock, OpenLockspace, connect_lockspace
@@ -60,9 +60,11 @@ class PlainLock:
         """As `HeldLock.value_valid`."""
         return self._held.value_valid
 
-    def convert(self, mode: Mode, *, noqueue: bool = False, timeout_s: float | None = None) -> None:
+    def convert(
+        self, mode: Mode, *, noqueue: bool = False, timeout_s: float | None = None, flags: Flag = Flag.NONE
+    ) -> None:
         """As `HeldLock.convert`."""
-        self.space._call(self._held.convert(mode, noqueue=noqueue, timeout_s=timeout_s))
+        self.space._call(self._held.convert(mode, noqueue=noqueue, timeout_s=timeout_s, flags=flags))
 
     def unlock(self) -> None:
         """As `HeldLock.unlock`."""
@@ -90,6 +92,7 @@ class PlainLockspace:
         timeout_s: float | None = None,
         value_block_bytes: int = VALUE_BLOCK_BYTES,
         max_slots: int = SLOTS_MAX,
+        deadlocks: bool = False,
         witness: bool = True,
         on_lost: Callable[[str], None] | None = None,
     ) -> None:
@@ -102,6 +105,7 @@ class PlainLockspace:
             "timeout_s": timeout_s,
             "value_block_bytes": value_block_bytes,
             "max_slots": max_slots,
+            "deadlocks": deadlocks,
             "witness": witness,
             "on_lost": None if on_lost is None else self._told_lost,
         }
@@ -157,6 +161,7 @@ class PlainLockspace:
         noqueue: bool = False,
         timeout_s: float | None = None,
         blocking: Blocking | None = None,
+        flags: Flag = Flag.NONE,
     ) -> PlainLock:
         """As `OpenLockspace.lock`. Ctrl-C while it waits takes the request back."""
         made: list[PlainLock] = []
@@ -175,6 +180,7 @@ class PlainLockspace:
                 noqueue=noqueue,
                 timeout_s=timeout_s,
                 blocking=None if blocking is None else blocked,
+                flags=flags,
             )
             if not made:
                 made.append(PlainLock(self, held))
