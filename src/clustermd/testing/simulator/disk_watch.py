@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from clustermd.array.write import WriteOp
 from clustermd.device.member_device import Op
 from clustermd.errors import BadBytes
 from clustermd.ondisk.bitmap_bits import BitmapGeometry
@@ -23,10 +24,12 @@ Report = Callable[[str, str, Layer, str, str], None]
 
 
 class DiskWatch(Watcher):
-    """Watches all boxes of one array. `report` is told of what does not hold; `owner(io)` names node and array."""
+    """Watches all boxes of one array. `report` is told of what does not hold; `too_late(data, sector)` says why a
+    client's write may not land any more."""
 
     def __init__(self, report: Report) -> None:
         self.report = report
+        self.too_late: Callable[[bytes | memoryview, int], str] = lambda data, sector: ""
         self._boxes: list[Box] = []
         self._places: dict[Box, int] = {}
         self._places_by_name: dict[str, int] = {}
@@ -175,6 +178,13 @@ class DiskWatch(Watcher):
                 io.submitter.node,
             )
         if io.lo >= self._data_at:
+            if io.op is Op.WRITE and isinstance(io.target, WriteOp):
+                sector = sectors[0] if sectors else io.lo
+                place = (sector - io.lo) * SECTOR
+                if words := self.too_late(io.data()[place : place + SECTOR], sector - self._data_at):
+                    self.report(
+                        "landed-after-exclusion", "architecture", Layer.ARRAY, words, io.submitter.node
+                    )
             self._data_landed(io, sectors)
         elif io.lo == self._super_at:
             self._superblock_landed(io)

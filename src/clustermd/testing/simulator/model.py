@@ -4,6 +4,7 @@ Each write has a number, its *generation*, and every sector it writes says which
 each sector the model knows the generations that may be read there. A write that is issued adds its own. A write that
 is acknowledged takes out all whose writes had *closed* before it was issued. A write closes when it is answered, or,
 if its process died, when that process is proved dead and every living node knows of it: until then it may still land.
+One that was refused since its node was excluded, or that its node still had when all had gone on, never may (`landed`).
 A read returns what may stand there at some time between its start and its end; once everything is closed, what one
 reader saw, all see from then on.
 
@@ -17,6 +18,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from clustermd.array.state import EXCLUDED
 from clustermd.testing.simulator.boxes import SECTOR
 
 _HEAD = struct.Struct("<QQ")
@@ -64,6 +66,7 @@ class Write:
     issued: int
     closed: int = 0
     acknowledged: int = 0
+    barred: bool = False  # nothing of it may land any more
 
 
 @dataclass(slots=True, eq=False)
@@ -124,6 +127,7 @@ class Model:
         write.closed = self._tick()
         self.open.pop(write.generation, None)
         if error:
+            write.barred = error == EXCLUDED
             return
         write.acknowledged = write.closed
         self.acknowledged += 1
@@ -155,6 +159,18 @@ class Model:
             if not write.closed:
                 write.closed = now
                 self.open.pop(write.generation, None)
+
+    def bar(self, writes: Iterable[Write]) -> None:
+        """These were asked of a life that others have gone on without: what has not landed yet never may."""
+        for write in writes:
+            write.barred = True
+
+    def landed(self, data: bytes | bytearray | memoryview, sector: int) -> str:
+        """A client's write lands from `sector` on; what is wrong with that, "" if nothing is."""
+        write = self.writes.get(generation_of(data[:SECTOR], sector) or 0)
+        if write is None or not write.barred:
+            return ""
+        return f"sector {sector} of {self._name(write.generation)} lands, and others had gone on without that life"
 
     def flush_issued(self, node: str) -> list[Write]:
         """What a flush of that node must make durable."""

@@ -80,6 +80,7 @@ class Run:
         self.watch = DiskWatch(self.broken)
         self.cluster = SimCluster(plan, dice, self.loop, self.watch, self._point)
         self.model = Model(plan.array_sectors)
+        self.watch.too_late = self.model.landed
         self.clients = Clients(self.cluster, self.model, lambda: not self.deaths.open, self._client_failed)
         self.deaths = Deaths(self.cluster, self.model, self.clients, self.tell)
         self.cluster.on_wrong = self._wrong

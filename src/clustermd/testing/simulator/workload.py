@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from clustermd.array.request import Kind, Request
+from clustermd.array.state import EXCLUDED, ArrayState
 from clustermd.device.member_device import Buffer
 from clustermd.testing.simulator.dice import Dice
 from clustermd.testing.simulator.model import Model, ModelBroken, Read, Write, content
@@ -32,7 +33,7 @@ GAPS_S = (0.0, 0.0, 0.0002, 0.001, 0.003, 0.01, 0.03, 0.1)
 class Op:
     """One request of a client, until it is answered or its process dies."""
 
-    __slots__ = ("array", "covered", "read", "request", "started_calm", "step", "write")
+    __slots__ = ("array", "covered", "exclusions", "read", "request", "started_calm", "step", "write")
 
     def __init__(self, array: ArrayProcess, step: Step) -> None:
         self.array = array
@@ -42,6 +43,7 @@ class Op:
         self.read: Read | None = None
         self.covered: list[Write] = []
         self.started_calm = False
+        self.exclusions = -1  # how many lives of its array had ended so when it was sent, if one was serving
 
 
 class Clients:
@@ -89,6 +91,8 @@ class Clients:
         self.pending[self._cookie] = op
         self.counts[op.step.what] = self.counts.get(op.step.what, 0) + 1
         op.started_calm = self._calm()
+        state = self._state_of(op)
+        op.exclusions = -1 if state.excluded else state.exclusions
         op.request = Request(kind, lo * 512, (hi - lo) * 512, buffer, self, self._cookie, fua)
         op.array.submit([op.request])
 
@@ -214,8 +218,18 @@ class Clients:
                 return True
         return False
 
+    def _state_of(self, op: Op) -> ArrayState:
+        assert op.array.array is not None
+        return op.array.array.state
+
     def _may_be_refused(self, op: Op, error: int) -> bool:
+        if error == EXCLUDED and not self.cluster.plan.durable:
+            return op.exclusions != self._state_of(op).exclusions
         return op.step.what in ("trim", "zero") and error == errno.EOPNOTSUPP
+
+    def writes_of(self, array: ArrayProcess) -> list[Write]:
+        """What is not answered yet."""
+        return [op.write for op in self.pending.values() if op.array is array and op.write is not None]
 
     def process_gone(self, array: ArrayProcess) -> list[Write]:
         """Nobody will answer what this process had. Returns its writes, which may still land."""
@@ -241,9 +255,14 @@ class Clients:
         for region in mine:
             self._waiting[region] = []
 
+    def _member(self, machine: Machine) -> bool:
+        """Whether a filesystem would give it something to do: not between two lives, where that counts."""
+        return self.cluster.plan.durable or (machine.array is not None and machine.array.broken_s < 0)
+
     def recovered(self, number: int) -> None:
         """Everybody knows of the death: others take the regions over, in turn."""
-        living = [other for other, machine in self.cluster.machines.items() if machine.serving]
+        machines = self.cluster.machines
+        living = [other for other, machine in machines.items() if machine.serving and self._member(machine)]
         for place, region in enumerate(sorted(self._orphans.pop(number, ()))):
             self._waiting.pop(region, None)
             if living:
