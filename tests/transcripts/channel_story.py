@@ -370,7 +370,7 @@ class ChannelStory:
                 return f"{who} {name} {before.name}→{Mode(mode).name}{wrote}"
             case ["unlock", _, lock, *_]:
                 return f"{who} {self.locks[lock][1]} freed"
-            case ["cancel", _, lock]:
+            case ["cancel", _, lock, *_]:
                 return f"{who} {self.locks[lock][1]} cancel"
             case ["join", *_]:
                 return f"{who} joins the lockspace"

@@ -6,6 +6,7 @@ from clustermd.dlm.effects import Bast, Cast, Effect, SessionKey
 from clustermd.dlm.engine import Engine
 from clustermd.dlm.machine import Machine
 from clustermd.dlm.modes import EAGAIN, ECANCEL, ENOENT, EUNLOCK, Flag, Mode, StatusFlag
+from clustermd.dlm.report import describe
 from clustermd.dlm.snapshot import dump_engine, load_engine
 from clustermd.dlm.wire import pack
 from clustermd.testing.locks.invariants import Checker
@@ -212,3 +213,15 @@ def test_no_client_speaks_for_the_node_itself() -> None:
     for op in (["unlock", 1, 1, 0, None], ["end", "", True], ["lost"], ["open", "me", 1]):
         machine.apply(pack(["ops", 1, 11, machine.nodes[1, 11].last_op + 1, [[0, *op]]]))
     assert list(machine.engine.locks) == [1] and machine.engine.alive(OWNER)
+
+
+def test_a_status_shows_who_left_it_behind() -> None:
+    machine = Machine()
+    machine.apply(pack(["install", 1, [[1, 11, "node1"]], [], []]))
+    ops = [[1, "open", "clustermd lock", 4711], [1, "join", 1, SPACE, 8, 4]]
+    ops += [[1, "request", 2, SPACE, b"x", 5, int(Flag.PERSISTENT), True], [1, "end", "proved", False]]
+    machine.apply(pack(["ops", 1, 11, 1, ops]))
+    space = describe(machine)["lockspaces"][SPACE]
+    (shown,) = space["resources"]["x"]["granted"]
+    assert (shown["name"], shown["pid"], shown["orphan"], shown["label"]) == ("node1", 4711, True, "orphans")
+    assert space["deadlocks"] is False

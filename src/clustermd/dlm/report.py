@@ -4,6 +4,7 @@
      "lockspaces": {name: {"generation", "value_block_bytes", "slots": [...], "joining": [...], "resources": {...}}}}
 
 A resource has "granted", "converting" and "waiting" in queue order; a lock tells who holds it, what it has and wants.
+One that its process left behind ("orphan") belongs to the node, and "pid" is that process (`orphans`).
 Names of resources that are not text are shown with backslash escapes.
 """
 
@@ -54,6 +55,7 @@ def _who(engine: Engine, key: tuple[int, int, int]) -> dict[str, Any]:
 def _space(engine: Engine, space: Space) -> dict[str, Any]:
     return {
         "generation": space.generation,
+        "deadlocks": space.waits is not None,
         "value_block_bytes": space.lvb_bytes,
         "slots": [
             {**_who(engine, seat.session), "slot": seat.slot, "name": seat.name, "state": seat.state.value}
@@ -71,17 +73,17 @@ def _space(engine: Engine, space: Space) -> dict[str, Any]:
             for joiner in space.joiners
         ],
         "resources": {
-            name.decode(errors="backslashreplace"): _resource(engine, resource)
+            name.decode(errors="backslashreplace"): _resource(engine, space, resource)
             for name, resource in sorted(space.resources.items())
         },
     }
 
 
-def _resource(engine: Engine, resource: Resource) -> dict[str, Any]:
+def _resource(engine: Engine, space: Space, resource: Resource) -> dict[str, Any]:
     return {
-        "granted": [_lock(engine, lock) for lock in resource.granted],
-        "converting": [_lock(engine, lock) | {"wants": Mode(lock.rq).name} for lock in resource.converting],
-        "waiting": [_lock(engine, lock) | {"wants": Mode(lock.rq).name} for lock in resource.waiting],
+        "granted": [_lock(engine, space, lock) for lock in resource.granted],
+        "converting": [_queued(engine, space, lock) for lock in resource.converting],
+        "waiting": [_queued(engine, space, lock) for lock in resource.waiting],
         "name_hex": resource.name.hex(),
         "value_block": None if resource.lvb is None else resource.lvb.hex(),
         "value_block_sequence": resource.lvb_seq,
@@ -89,5 +91,11 @@ def _resource(engine: Engine, resource: Resource) -> dict[str, Any]:
     }
 
 
-def _lock(engine: Engine, lock: Lock) -> dict[str, Any]:
-    return {"id": lock.id, "mode": Mode(lock.gr).name, **_who(engine, lock.session)}
+def _lock(engine: Engine, space: Space, lock: Lock) -> dict[str, Any]:
+    shown = {"id": lock.id, "mode": Mode(lock.gr).name, **_who(engine, lock.session)}
+    orphan = space.orphans.by_id.get(lock.id)
+    return shown if orphan is None else shown | {"orphan": True, "pid": orphan.pid}
+
+
+def _queued(engine: Engine, space: Space, lock: Lock) -> dict[str, Any]:
+    return _lock(engine, space, lock) | {"wants": Mode(lock.rq).name}
