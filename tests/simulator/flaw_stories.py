@@ -288,6 +288,11 @@ def lost_sessions(seed: int) -> Plan:
     return plan(seed, work=work, faults=(*late, *faults), array_sectors=2048)
 
 
+def excluded_writers(seed: int) -> Plan:
+    """Machines of a cluster of three lose their lock daemons, and the others go on."""
+    return replace(lost_sessions(seed), nodes=3, slots=4, durable=False)
+
+
 def lost_contact(seed: int) -> Plan:
     made = lost_sessions(seed)
     faults = tuple(at(0.1 + 0.3 * turn + seed % 10 * 0.003, "freeze", for_s=0.1) for turn in range(4))
@@ -437,6 +442,7 @@ SCENARIOS = (
     Scenario("rule 14b", "events-only-grow", dying_writer),
     Scenario("rule 12", "gate-passed", lost_sessions, 20),
     Scenario("rule 12b", "gate-passed", lost_contact, 20),
+    Scenario("rule 12c", "landed-after-exclusion", excluded_writers, 20),
     Scenario("rule 15", "difference-without-bit", lambda seed: blackout(seed, at_s=3.6)),
     Scenario("rule 15b", "window-moved-early", slow_copies),
     Scenario("rule 15c", "difference-without-bit", lambda seed: blackout(seed, at_s=0.31)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,11 +17,14 @@ import pytest
 from array_kit import BLOCK, CHUNK, MIB, clustered, data_at, data_of, run, until
 from cluster_in_process import InProcessCluster, Node, cluster_of, settled
 from faulty_submitter import Io
+from nbd_client import Client as NbdClient
 
 from clustermd.array import array as array_module
 from clustermd.array.request import Kind, Request
 from clustermd.array.state import EXCLUDED
 from clustermd.device.member_device import Op
+from clustermd.export.nbd import NbdServer
+from clustermd.export.nbd_protocol import Command, NbdError
 
 Answer = asyncio.Future[Request]
 
@@ -265,6 +269,44 @@ def test_who_only_stood_still_goes_on_with_what_it_kept(tmp_path: Path) -> None:
             await settled(cluster)
 
     run(story())
+    assert data_of(paths[0]) == data_of(paths[1])
+
+
+def test_nbd_clients_of_an_excluded_life_get_errors_and_have_to_connect_anew(tmp_path: Path) -> None:
+    paths = clustered(tmp_path)
+
+    async def story(socket: str) -> None:
+        async with two_nodes(paths, True) as cluster:
+            one = cluster.nodes[1]
+            server = NbdServer(one.array, socket)
+            await server.start()
+            one.array.watch_exclusion(server.exclude, server.admit)
+            client = await NbdClient.connect(socket)
+            stuck = one.disks.fault(ops=(Op.WRITE, Op.FLUSH), lo=data_at(paths[0]), stuck=True)
+            client.send(Command.WRITE, 0, BLOCK, cookie=7, payload=b"w" * BLOCK)
+            client.send(Command.FLUSH, cookie=8)
+            await until(lambda: len(stuck.hits) == 4)
+            stuck.end()
+            number = one.lose_session()
+            connecting = asyncio.ensure_future(NbdClient.connect(socket))
+            one.disks.release()
+            answers = [await client.answer() for _ in range(2)]
+            assert {answer.cookie: answer.error for answer in answers} == {7: NbdError.EIO, 8: NbdError.EIO}
+            assert await client.ended() == b""
+            await one.disks.drained()
+            assert not connecting.done() and not server.clients()
+            one.end_session(number)
+            again = await asyncio.wait_for(connecting, 20)
+            assert lives(one) == 2
+            assert (await again.ask(Command.WRITE, 0, BLOCK, payload=b"n" * BLOCK)).error == 0
+            assert (await again.ask(Command.FLUSH)).error == 0
+            await again.close()
+            await client.close()
+            await server.stop(force=True)
+            await settled(cluster)
+
+    with tempfile.TemporaryDirectory(prefix="nbd") as directory:  # a path short enough for a unix socket
+        run(story(f"{directory}/nbd.sock"))
     assert data_of(paths[0]) == data_of(paths[1])
 
 

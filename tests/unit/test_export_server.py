@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import random
@@ -473,6 +474,60 @@ def test_a_forced_stop_does_not_wait_for_a_client_that_reads_nothing(
             await server.stop(force=True)
             assert volume.memory_pool.out == 0
             client.close()
+
+    run(test())
+
+
+def test_an_excluded_node_ends_its_connections_with_their_answers_and_greets_nobody_before_it_is_back(
+    path: str,
+) -> None:
+    async def test() -> None:
+        volume = CountingVolume(MIB)
+        volume.held = True
+        async with serving(volume, path) as server:
+            client = await Client.connect(path)
+            idle = await Client.connect(path)
+            client.send(Command.WRITE, 0, 4096, 0, 3, b"q" * 4096)
+            await until(volume, 1)
+            volume.fail = lambda request: errno.ENODEV
+            server.exclude("others went on")
+            client.send(Command.WRITE, 4096, 4096, 0, 4, b"r" * 4096)
+            assert await idle.ended() == b"" and not server.clients()
+            reader, writer = await asyncio.open_unix_connection(path)
+            waiting = asyncio.ensure_future(reader.readexactly(18))
+            volume.release_held()
+            assert (answer := await client.answer()).cookie == 3
+            assert answer.error == NbdError.EIO
+            assert await client.ended() == b""
+            assert len(volume.batches) == 1, "what came after the exclusion was taken"
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert not waiting.done() and not server.clients()
+            volume.fail = lambda request: 0
+            server.admit()
+            assert (await asyncio.wait_for(waiting, ANSWER_S)).startswith(b"NBDMAGIC")
+            again = await Client.connect(path)
+            assert (await again.ask(Command.READ, 0, 4096)).data == bytes(4096)
+            server.exclude("once more")
+            assert await again.ended() == b""
+            writer.close()
+            for one in (client, idle, again):
+                await one.close()
+
+    run(test())
+
+
+def test_an_excluded_node_stops_and_lets_those_go_who_wait_for_it(path: str) -> None:
+    async def test() -> None:
+        async with serving(CountingVolume(MIB), path) as server:
+            server.exclude("others went on")
+            reader, writer = await asyncio.open_unix_connection(path)
+            await server.stop()
+            async with asyncio.timeout(ANSWER_S):
+                with contextlib.suppress(ConnectionError):
+                    assert await reader.read() == b""
+            server.admit()  # the array comes back while its server is gone
+            writer.close()
 
     run(test())
 

@@ -172,6 +172,10 @@ def _never_shut(self: Gate, reason: str) -> None:
         _shut(self, reason)
 
 
+def _keep(self: Array, reason: str) -> None:
+    """Nothing is refused: it waits for the next life, as where nodes are processes on one machine."""
+
+
 def _no_verdict(self: DeviceSweep) -> GateState:
     return GateState.OPEN
 
@@ -222,6 +226,7 @@ FLAWS = (
     flaw("rule 10b", "reads any copy at any time", (Reader, "read_first", lambda self, lo, hi: False)),
     flaw("rule 12", "goes on writing after its membership is lost", (Gate, "shut", _never_shut)),
     flaw("rule 12b", "does not look at the gate", (DeviceSweep, "verdict", _no_verdict)),
+    flaw("rule 12c", "writes what it was asked before others went on without it", (Array, "_exclude", _keep)),
     flaw("rule 15", "clears bits before the members were flushed", (Sweep, "flush_members", _no_flush)),
     flaw(
         "rule 15b", "counts chunks as copied before they are durable", (Resync, "_flush_touched", _no_flush)
