@@ -113,3 +113,12 @@ class World:
         session = self.daemons[daemon].session()
         space = await self.run(session.join(SPACE, heard, max_slots=max_slots, deadlocks=deadlocks))
         return space, heard
+
+
+class StoppedClock:
+    """The loop's time, which passes only when a test says so."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        loop = asyncio.get_running_loop()
+        loop.time = lambda: self.now_s  # type: ignore[method-assign]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from dlm_in_process import SPACE, Heard, World
+from dlm_in_process import SPACE, Heard, StoppedClock, World
 
 from clustermd.dlm.lockspace import Lock, Lockspace, LockspaceEvents, Slot
 from clustermd.dlm.modes import Flag, Mode, StatusFlag
@@ -402,25 +402,23 @@ def test_leaving_frees_all_locks_and_ends_what_waits() -> None:
 
 def test_a_wait_ends_when_its_time_is_up() -> None:
     async def story() -> None:
-        world = World()
+        world, clock = World(), StoppedClock()
         a, _ = await world.join(0)
         b, _ = await world.join(1)
         held = await world.run(a.lock("token", Mode.EX))
         lock = await world.run(b.lock("token"))
-        converting = asyncio.ensure_future(lock.convert(Mode.PR, timeout_s=0.01))
-        new = asyncio.ensure_future(b.lock("token", Mode.EX, timeout_s=0.01))
-        await world.turn()
-        assert not converting.done() and not new.done()
-        for task in (converting, new):
-            while not task.done():
-                await asyncio.wait((task,), timeout=0.02)
-                world.group.settle()
+        converting = await world.start(lock.convert(Mode.PR, timeout_s=5))
+        new = await world.start(b.lock("token", Mode.EX, timeout_s=7))
+        for task, now_s in ((converting, 5), (new, 7)):
+            assert not task.done()
+            clock.now_s = now_s
+            await world.turn()
             with pytest.raises(LockRefused) as refused:
                 await task
             assert refused.value.code == "timed-out"
         assert lock.mode is Mode.NL
         await world.run(held.unlock())
-        assert lock.mode is Mode.NL, "nobody waits for it any more"
+        assert lock.mode.name == "NL", "nobody waits for it any more"
         await world.run(a.lock("token", Mode.EX))
 
     asyncio.run(story())
@@ -428,17 +426,19 @@ def test_a_wait_ends_when_its_time_is_up() -> None:
 
 def test_a_grant_that_is_faster_than_the_time_limit_counts() -> None:
     async def story() -> None:
-        world = World()
+        world, clock = World(), StoppedClock()
         a, _ = await world.join(0)
         b, _ = await world.join(1)
         held = await world.run(a.lock("token", Mode.EX))
         lock = await world.run(b.lock("token"))
-        converting = asyncio.ensure_future(lock.convert(Mode.PR, timeout_s=0.01))
-        await world.turn()
+        converting = await world.start(lock.convert(Mode.PR, timeout_s=5))
         freeing = asyncio.ensure_future(held.unlock())
         await asyncio.sleep(0)
         assert world.group.accept(world.daemons[0].member), "the release is ordered before the time is up"
-        await asyncio.sleep(0.02)
+        clock.now_s = 6
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert world.daemons[1].frames[-1][0] == "cancel"
         await world.turn()
         await freeing
         await converting
@@ -454,17 +454,18 @@ def test_the_time_of_a_request_is_up_before_it_is_ordered() -> None:
         a, _ = await world.join(0)
         b, _ = await world.join(1)
         await world.run(a.lock("token", Mode.EX))
-        new = asyncio.ensure_future(b.lock("token", Mode.PR, timeout_s=0))
-        await asyncio.sleep(0.01)
-        assert not new.done(), "what the lock manager will say is waited for"
-        await world.turn()
-        with pytest.raises(LockRefused) as refused:
-            await new
-        assert refused.value.code == "timed-out"
-        free = asyncio.ensure_future(b.lock("other", Mode.PR, timeout_s=0))
-        await asyncio.sleep(0.01)
-        await world.turn()
-        assert (await free).mode is Mode.PR
+        for name, code in (("token", "timed-out"), ("other", "")):
+            new = asyncio.ensure_future(b.lock(name, Mode.PR, timeout_s=0))
+            for _ in range(5):
+                await asyncio.sleep(0)
+            assert not new.done(), "what the lock manager will say is waited for"
+            await world.turn()
+            if code:
+                with pytest.raises(LockRefused) as refused:
+                    await new
+                assert refused.value.code == code
+            else:
+                assert (await new).mode is Mode.PR
 
     asyncio.run(story())
 
