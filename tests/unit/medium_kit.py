@@ -56,6 +56,7 @@ class Node:
         self.expelled = ""
         self.has_state = True
         self.installed = True
+        self.awaited = 1 << 62
         self.full = False
         config = options.pop("config", "the same")
         self.group = AgreedGroup(
@@ -104,7 +105,7 @@ class Node:
     def on_stable(self, index: int) -> None:
         self.heard.append(("stable", index))
 
-    def on_fenced(self, member: Member, proof: str) -> None:
+    def on_fenced(self, member: Member, proof: str, index: int = 0) -> None:
         self.heard.append(("fenced", member.node, member.incarnation, proof))
 
     # for tests

@@ -319,11 +319,11 @@ def test_a_right_is_shown_only_when_its_message_is_stable() -> None:
     group.stable = False
     op = request(a, Mode.EX)
     cluster.settle()
-    lock = lock_of(a, op)
     assert holders(b.node) == [("node1", "EX", False)], "granted in the order, not yet shown"
     assert not shown(a, op)
     a.node.on_stable(group.index)
     assert shown(a, op)
+    lock = lock_of(a, op)
     down = a.send("convert", lock, int(Mode.NL), 0, None)
     refused = request(b, Mode.EX, 0)
     failed = request(b, Mode.EX, int(Flag.NOQUEUE))
@@ -332,6 +332,32 @@ def test_a_right_is_shown_only_when_its_message_is_stable() -> None:
     assert not shown(b, failed), "but what follows an unstable grant to the same client keeps its place"
     b.node.on_stable(group.index)
     assert [frame[1] for frame in b.words("cast")] == [refused, failed]
+
+
+def test_the_answer_to_a_request_comes_with_its_grant_or_at_once() -> None:
+    cluster = Cluster(2)
+    a, b = joined(cluster, 1, 2)
+    cluster.group.stable = False
+    granted = request(a, Mode.EX)
+    waits = request(b, Mode.EX)
+    cluster.settle()
+    assert granted not in [frame[1] for frame in a.words("answer")], "nobody is woken for half of it"
+    assert lock_of(b, waits), "who waits may cancel"
+    a.node.on_stable(cluster.group.index)
+    assert lock_of(a, granted) and shown(a, granted)
+
+
+def test_only_messages_that_give_a_right_are_awaited() -> None:
+    cluster = Cluster(2)
+    a, b = joined(cluster, 1, 2)
+    op = request(a, Mode.EX)
+    cluster.settle()
+    given = cluster.group.index
+    assert [node.replica.awaited for node in (a.node, b.node)] == [given, given], "wherever the client is"
+    a.send("unlock", lock_of(a, op), int(Flag.FORCEUNLOCK), None)
+    cluster.settle()
+    assert cluster.group.index > given
+    assert [node.replica.awaited for node in (a.node, b.node)] == [given, given]
 
 
 def test_an_unstable_grant_becomes_stable_with_the_next_install() -> None:

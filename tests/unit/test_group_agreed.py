@@ -45,6 +45,35 @@ def test_a_message_is_stable_only_when_a_majority_of_votes_keeps_it() -> None:
     assert one.stable == 1 and two.stable == 1
 
 
+def test_a_message_is_acknowledged_at_once_by_the_last_before_its_sender_and_only_if_anybody_awaits_it() -> (
+    None
+):
+    ring, nodes = three()
+
+    def answering() -> list[int]:
+        """Who sends an acknowledgement of what was delivered."""
+        (payload,) = ring.under_way
+        ring.under_way.clear()
+        for node in nodes:
+            node.group.on_message((payload[0].number, payload[0].pid), payload[1])
+            node.group.swept()
+        return [node.number for node, _ in ring.under_way]
+
+    nodes[0].group.multicast(b"x")
+    assert answering() == [3]
+    ring.run()
+    nodes[1].group.multicast(b"y")
+    assert answering() == [1]
+    ring.run()
+    for node in nodes:
+        node.awaited = 0
+    nodes[0].group.multicast(b"z")
+    assert answering() == []
+    assert nodes[0].stable == 2
+    ring.tick(0.25)
+    assert nodes[0].stable == 3, "everybody's word comes in the end"
+
+
 def test_where_votes_prove_nothing_all_is_held_until_the_lost_is_proved_dead() -> None:
     ring = Ring(2)
     ring.quorate = lambda side: True  # two_node

@@ -31,7 +31,7 @@ from typing import Any, Protocol
 
 from clustermd.dlm import report
 from clustermd.dlm.agreement import ACK_EVERY, DIGEST_EVERY, Agreement
-from clustermd.dlm.effects import Cast, Effect, RecoverDone, RecoverSlot
+from clustermd.dlm.effects import Answer, Cast, Effect, RecoverDone, RecoverSlot
 from clustermd.dlm.install import Install, plan_install
 from clustermd.dlm.machine import Machine, NodeKey, chain_after
 from clustermd.dlm.messages import CONFIG, Start, decode, in_parts
@@ -88,6 +88,7 @@ class Replica:
         self._fenced: dict[NodeKey, str] = {}
         self._unfenced: set[NodeKey] = set()
         self._index = 0
+        self._awaited = 0
         self._waits = ""
         self._shown = 0
         self._unstable: deque[tuple[int, int]] = deque()
@@ -109,6 +110,11 @@ class Replica:
     def installed(self) -> bool:
         """Whether operations are being applied: a state, a quorate view, nothing missing."""
         return self._phase is Phase.LIVE
+
+    @property
+    def awaited(self) -> int:
+        """The last message of this view by which any client, here or elsewhere, gains a right: it is to be stable."""
+        return self._awaited
 
     def attach(self, group: ProcessGroup) -> None:
         """Use `group`, whose events must come here."""
@@ -186,6 +192,7 @@ class Replica:
         self._parts = {}
         self._to_send.clear()
         self._waits = ""
+        self._awaited = 0
         self._unstable.clear()
         self._clients.new_ring()
         if view.quorate and self._me in map(_key, view.members):
@@ -228,7 +235,8 @@ class Replica:
             self._shown = self._unstable.popleft()[1]
         self._clients.stable(index)
 
-    def on_fenced(self, member: Member, proof: str) -> None:
+    def on_fenced(self, member: Member, proof: str, index: int = 0) -> None:
+        self._index = index or self._index
         if self._phase is Phase.OVER:
             return
         key = _key(member)
@@ -336,6 +344,7 @@ class Replica:
     def _resume(self) -> None:
         state = self._machine.nodes.get(self._me)
         self._outbox.send_again_after(state.last_op if state is not None else 0)
+        self._awaited = self._index
         self._clients.installed(self._index)
         if self._suspended:
             self._suspended = ""
@@ -407,8 +416,7 @@ class Replica:
             return
         self._trace.point("dlm.apply", applied=machine.applied, entry=entry)
         self._unstable.append((self._index, machine.applied))
-        for effect in effects:
-            self._emit(effect)
+        self._emit(effects)
         state = machine.nodes.get(self._me)
         if state is not None:
             self._outbox.applied(state.last_op)
@@ -417,13 +425,32 @@ class Replica:
         elif machine.applied - self._acked >= ACK_EVERY:
             self._say_ack(0, b"")
 
-    def _emit(self, effect: Effect) -> None:
+    def _emit(self, effects: list[Effect]) -> None:
+        """Show our clients what concerns them.
+
+        The answer to a request that is granted at once waits for the grant: nobody is woken for half of it.
+        """
+        risen = self._index if self._phase is Phase.LIVE else NOT_YET
+        answer: Answer | None = None
+        for effect in effects:
+            granted = isinstance(effect, Cast) and effect.rising
+            rises = granted or isinstance(effect, (RecoverSlot, RecoverDone))
+            if rises:
+                self._awaited = self._index
+            if answer is not None:
+                self._show(answer, risen if granted and _is_of(answer, effect) else AT_ONCE)
+                answer = None
+            if isinstance(effect, Answer) and effect.rc == 0:
+                answer = effect
+            else:
+                self._show(effect, risen if rises else AT_ONCE)
+        if answer is not None:
+            self._show(answer, AT_ONCE)
+
+    def _show(self, effect: Effect, after: int) -> None:
         node, incarnation, number = effect.session
-        if (node, incarnation) != self._me:
-            return
-        rises = isinstance(effect, (RecoverSlot, RecoverDone)) or (isinstance(effect, Cast) and effect.rising)
-        after = AT_ONCE if not rises else self._index if self._phase is Phase.LIVE else NOT_YET
-        self._clients.put(number, after, effect_frame(effect))
+        if (node, incarnation) == self._me:
+            self._clients.put(number, after, effect_frame(effect))
 
     # ---- agreement
 
@@ -468,3 +495,8 @@ class Replica:
 
 def _key(member: Member) -> NodeKey:
     return member.node, member.incarnation
+
+
+def _is_of(answer: Answer, effect: Effect) -> bool:
+    """Whether that completion is of the operation that was answered."""
+    return isinstance(effect, Cast) and (effect.session, effect.op) == (answer.session, answer.op)

@@ -144,6 +144,11 @@ class Lockd:
         """As `StatefulEvents.installed`."""
         return self._replica.installed
 
+    @property
+    def awaited(self) -> int:
+        """As `StatefulEvents.awaited`."""
+        return self._replica.awaited
+
     def on_view(self, view: View) -> None:
         log.info(
             "view %s: %s%s",
@@ -162,9 +167,9 @@ class Lockd:
     def on_stable(self, index: int) -> None:
         self._replica.on_stable(index)
 
-    def on_fenced(self, member: Member, proof: str) -> None:
+    def on_fenced(self, member: Member, proof: str, index: int = 0) -> None:
         log.info("fenced %s (%016x): %s", member.name, member.incarnation, proof)
-        self._replica.on_fenced(member, proof)
+        self._replica.on_fenced(member, proof, index)
         self._welcome()
 
     # --- ReplicaShell

@@ -79,6 +79,10 @@ class StatefulEvents(GroupEvents, Protocol):
     def installed(self) -> bool:
         """Whether all that it was told up to now is a part of its state."""
 
+    @property
+    def awaited(self) -> int:
+        """The last message of this view that somebody's right waits to be stable: what comes after is in no hurry."""
+
 
 class AgreedGroup:
     """See the module. `nodes` are the configured ones; `config` is what all must have alike, in words.
@@ -134,12 +138,13 @@ class AgreedGroup:
         # the view
         self._tag: Tag | None = None
         self._members: dict[Peer, Member] = {}
-        self._number = 0
+        self._number = self._floor = 0
         self._index = 0
         self._stability = Stability({}, self._majority)
         self._owed = self._unsaid = self._settled = 0
         self._at_once: dict[Key, bool] = {}
         self._acked: tuple[int, bool] = (0, False)
+        self._covered = 0
         self._lease: Lease | None = None
         self._unbroken = True
         # what outlives views
@@ -199,10 +204,15 @@ class AgreedGroup:
 
     def on_change(self, peers: tuple[Peer, ...], gone: Iterable[int], come: Iterable[int]) -> None:
         """The medium's membership: `peers` now; nodes that the ring lost are `gone`, others have `come`."""
+        me = (self.me.node, self._pid)
+        if me in self._peers and me not in peers:
+            self._expel("corosync does not count this node's lockd any more, though it runs")
+            return
         self._peers = tuple(sorted(peers))
         self._gone |= set(gone)
         self._gone -= set(come)
         self._hellos = {}
+        self._floor = 0
         self._said = ()
         self._owing = {}
         self._pause("the membership is changing")
@@ -227,6 +237,8 @@ class AgreedGroup:
 
     def on_ring(self, ring: tuple[int, int], nodes: Iterable[int]) -> None:
         """The ring, (sequence, lowest node), and its nodes."""
+        if ring != self._ring:
+            self._gone = set()  # who is in a ring that is told after the loss is there anew
         self._ring = ring
         self._ring_nodes = frozenset(nodes)
         self._fencing.ring(self._ring_nodes, self._clock.boottime_s())
@@ -379,7 +391,8 @@ class AgreedGroup:
         rings = {said.ring for said in self._hellos.values()}
         if len(self._hellos) < len(self._peers) or len(rings) > 1:
             return
-        number = 1 + max(max(said.number for said in self._hellos.values()), self._number)
+        # only of what all know alike: members that come from different sides had different views
+        number = 1 + max(*(said.number for said in self._hellos.values()), self._floor)
         self._begin((number, *rings.pop()), work_out(self._hellos, self._nodes.values()))
 
     def _begin(self, tag: Tag, change: Change) -> None:
@@ -389,7 +402,8 @@ class AgreedGroup:
             return
         events = self._events
         assert events is not None
-        self._number = tag[0]
+        self._number = max(self._number, tag[0])
+        self._floor = tag[0]
         members = tuple(life.member for life in change.members)
         self._members = change.peers
         if not change.quorate or not self._quorum[0]:
@@ -410,11 +424,11 @@ class AgreedGroup:
         self._index = self._owed = self._unsaid = self._settled = 0
         self._at_once = {}
         self._acked = (0, False)
+        self._covered = 0
         self._under_way.clear()
         votes = _votes(members, self._nodes)
         self._stability = Stability(votes, self._majority)
         self._last = {life.key: life for life in change.members}
-        self._left = set()
         for key, (_, words) in change.proved.items():
             if key[1]:
                 self._proofs[key] = words
@@ -441,7 +455,8 @@ class AgreedGroup:
         for key, (life, words) in sorted(change.proved.items()):
             self._fencing.proved(key)
             self._tell_fenced(life.member, words)
-        self._fencing.view(lost, tuple(member.node for member in members), now_s)
+        were_here = {life.key for hello in self._hellos.values() for life in hello.last}
+        self._fencing.view(lost, tuple(member.node for member in members), now_s, were_here)
         self._say_proofs()
         if self._left_cleanly is not None:
             self._send(control(["leave"]))
@@ -482,21 +497,35 @@ class AgreedGroup:
         assert events is not None
         self._index += 1
         events.on_message(self._index, sender, data[OVERHEAD_BYTES:])
-        if sender != self.me:
+        self._owe(sender)
+
+    def _owe(self, sender: Member) -> None:
+        """A message of `sender` was told: who acknowledges it, and how soon?"""
+        events = self._events
+        assert events is not None
+        key = (sender.node, sender.incarnation)
+        if sender == self.me and self._covered == self._index - 1:
+            self._covered = self._index  # all others count it so (`Stability.sent`)
+        else:
             self._unsaid = self._index
-            key = (sender.node, sender.incarnation)
-            at_once = self._at_once.get(key)
-            if at_once is None:
-                at_once = self._at_once[key] = self._stability.answers_at_once(key, self._life.key)
-            if at_once:
+            if events.awaited >= self._index and (sender == self.me or self._answers_at_once(key)):
                 self._owed = self._index
-        self._told((sender.node, sender.incarnation), self._index, False)
+        self._stability.sent(key, self._index)
+        self._look()
+
+    def _answers_at_once(self, sender: Key) -> bool:
+        at_once = self._at_once.get(sender)
+        if at_once is None:
+            at_once = self._at_once[sender] = self._stability.answers_at_once(sender, self._life.key)
+        return at_once
 
     def _on_ack(self, peer: Peer, data: bytes) -> None:
         sender = self._members.get(peer)
         if self._tag is None or read_tag(data) != self._tag or sender is None:
             return
         index, keeps = read_ack(data)
+        if sender == self.me:
+            self._covered = max(self._covered, index)
         self._told((sender.node, sender.incarnation), index, keeps)
 
     def _told(self, key: Key, index: int, keeps: bool) -> None:
@@ -523,7 +552,7 @@ class AgreedGroup:
                     done, self._left_cleanly = self._left_cleanly, None
                     done()
             case ["fenced", _, [int(node), int(incarnation)], str(words)]:
-                self._on_fenced((node, incarnation), words)
+                self._on_fenced(sender, (node, incarnation), words)
             case ["fence-failed", _, int(node), str(why)]:
                 self._trace.point("group.fence_failed", node=node, actor=sender.node, why=why)
                 self._fencing.failed(node, sender.node, why, self._clock.boottime_s())
@@ -532,21 +561,23 @@ class AgreedGroup:
             case _:
                 raise BadBytes("bad-message", f"{message[0]!r} is no word of a group of this version")
 
-    def _on_fenced(self, key: Key, words: str) -> None:
+    def _on_fenced(self, sender: Member, key: Key, words: str) -> None:
         lost = self._fencing.proved(key)
         if lost is None:
             return  # a repeat, or it came back meanwhile (dlm.md 6.8.10, 6.8.11)
         if key[1]:
             self._proofs[key] = words
-        self._tell_fenced(lost.life.member, words)
-        self._look()
+        # what a purge gives to others may not be shown before a majority has the purge
+        self._index += 1
+        self._tell_fenced(lost.life.member, words, self._index)
+        self._owe(sender)
 
-    def _tell_fenced(self, member: Member, words: str) -> None:
+    def _tell_fenced(self, member: Member, words: str, index: int = 0) -> None:
         self._trace.point(
             "group.fenced", node=member.node, incarnation=f"{member.incarnation:016x}", proof=words
         )
         if self._events is not None:
-            self._events.on_fenced(member, words)
+            self._events.on_fenced(member, words, index)
 
     def _on_beat(self, sender: Member, number: int, heard: list[Any]) -> None:
         try:

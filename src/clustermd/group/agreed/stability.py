@@ -8,7 +8,7 @@ Where those present have no majority though they are quorate (two_node, last_man
 prove nothing: then a message is stable when all who are present have it, and nobody is lost whose end is
 not proved (dlm.md 6.2, A).
 
-Who sends a message has it: a member is told its own messages in the view in which others are told them.
+Who sends a message has it, and what came before it as far as it has said so.
 """
 
 from __future__ import annotations
@@ -33,17 +33,28 @@ class Stability:
         if member in self._votes:
             self._told[member] = (max(before, index), kept or keeps)
 
+    def sent(self, member: Key, index: int) -> None:
+        """`member` sent message `index`. That it had all before it, it must have said.
+
+        A node may send while messages of others are on their way to it, and never gets them if it is cut off then.
+        """
+        before, kept = self._told.get(member, (0, False))
+        if member in self._votes and before == index - 1:
+            self._told[member] = (index, kept)
+
     def answers_at_once(self, sender: Key, member: Key) -> bool:
         """Whether `member` should acknowledge a message of `sender` without delay: only as many do as a majority needs.
 
-        These are the next after the sender; the others' word is late, and counts where one of these is silent.
+        These are the last before the sender: the right to send goes round by node number, so it comes to them when
+        they have had the message for longest, and theirs is the word that needs no second round. The others' word is
+        late, and counts where one of these is silent.
         """
         order = sorted(self._votes)
         if sender not in self._votes or sum(self._votes.values()) < self._majority:
             return True
         start = order.index(sender)
         votes = self._votes[sender]
-        for key in order[start + 1 :] + order[:start]:
+        for key in reversed(order[start + 1 :] + order[:start]):
             if votes >= self._majority:
                 return False
             if key == member:
