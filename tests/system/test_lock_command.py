@@ -138,6 +138,16 @@ def test_a_killed_guard_takes_the_command_with_it(locks: Locks) -> None:
     killed_is_followed_when_all_is_gone(locks, first, pids)
 
 
+def test_a_command_does_not_outlive_holder_and_guard_killed_together(locks: Locks) -> None:
+    locks.run("n1", "lock", "other", "--", "true")
+    first, [pid] = locks.hold("n1", "echo $$; exec sleep 1000")
+    [guard] = first.children()
+    os.kill(first.pid, signal.SIGSTOP)  # so it cannot see to it itself
+    os.kill(guard, signal.SIGKILL)
+    wait_until(lambda: not runs(pid), "the end of the command", PATIENCE_S)
+    first.kill()
+
+
 def test_daemons_that_a_holder_started_outlive_its_killed_guard(locks: Locks) -> None:
     first, pids = locks.hold("n1", WORKS)
     daemon = locks.lockd("n1")
