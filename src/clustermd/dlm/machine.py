@@ -39,6 +39,7 @@ NodeKey = tuple[int, int]
 """One life of a node: its number and its incarnation."""
 
 LOG_LIMIT = 1 << 16
+_FATES = ("open", "end", "lost")
 DIGEST_BYTES = 16
 
 
@@ -171,18 +172,17 @@ class Machine:
         engine = self.engine
         if key[2] == NODE_SESSION:
             return  # no client has it
-        match frame:
-            case ["open", str(label), int(pid)]:
-                if key[2] > node.last_session:
-                    node.last_session = key[2]
-                    engine.open_session(key, node.name, label, pid)
-                return
-            case ["end", _, clean]:
-                engine.end_sessions([key], clean=clean)
-                return
-            case ["lost"]:
-                engine.lose_sessions([key])
-                return
+        if frame[0] in _FATES:
+            match frame:
+                case ["open", str(label), int(pid)]:
+                    if key[2] > node.last_session:
+                        node.last_session = key[2]
+                        engine.open_session(key, node.name, label, pid)
+                case ["end", _, clean]:
+                    engine.end_sessions([key], clean=clean)
+                case ["lost"]:
+                    engine.lose_sessions([key])
+            return
         if not engine.alive(key):
             return
         try:
