@@ -61,10 +61,10 @@ def test_a_message_is_acknowledged_at_once_by_the_last_before_its_sender_and_onl
 
     nodes[0].group.multicast(b"x")
     assert answering() == [3]
-    ring.run()
+    ring.tick(0.25)
     nodes[1].group.multicast(b"y")
     assert answering() == [1]
-    ring.run()
+    ring.tick(0.25)
     for node in nodes:
         node.awaited = 0
     nodes[0].group.multicast(b"z")
