@@ -86,7 +86,7 @@ def test_where_votes_prove_nothing_all_is_held_until_the_lost_is_proved_dead() -
     assert one.of("message")[-1][2] == b"x" and one.stable == 0
     one.group.fence_done(2, "its power is off")
     ring.run()
-    assert one.of("fenced") == [(2, 1, "its power is off")] and one.stable == 1
+    assert one.of("fenced") == [(2, 1, "its power is off")] and one.stable == 2
 
 
 def test_what_was_sent_in_a_former_view_counts_nowhere() -> None:

@@ -66,8 +66,11 @@ class GroupEvents(Protocol):
     def on_stable(self, index: int) -> None:
         """Messages up to `index` cannot be lost with their senders any more."""
 
-    def on_fenced(self, member: Member, proof: str) -> None:
-        """`member` has ended and its I/O has drained; `proof` says how that is known."""
+    def on_fenced(self, member: Member, proof: str, index: int = 0) -> None:
+        """`member` has ended and its I/O has drained; `proof` says how that is known.
+
+        `index` is its place among the messages of the ring; 0 if it comes with a view, or is stable as it is told.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ it is waited for by name. At the start of a cluster the absent are given `startu
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -61,9 +62,23 @@ class Fencing:
         self._at_work: dict[int, frozenset[Key]] = {}
         self._proofs: dict[Key, str] = {}
 
-    def view(self, lost: list[Life], nodes: tuple[int, ...], now_s: float) -> None:
-        """A quorate view of `nodes` has begun in which these lives are lost and not proved dead."""
-        self.lost = {life.key: self.lost.get(life.key) or Lost(life, now_s) for life in lost}
+    def view(
+        self, lost: list[Life], nodes: tuple[int, ...], now_s: float, were_here: Container[Key] = ()
+    ) -> None:
+        """A quorate view of `nodes` has begun in which these lives are lost and not proved dead.
+
+        Whoever of them was in the last view of some member (`were_here`) is lost since now, though this node may have
+        missed it longer: it may have had a lease meanwhile. Which nodes failed to fence is forgotten, so that all know
+        the same of it.
+        """
+        before = self.lost
+        self.lost = {}
+        for life in lost:
+            known = before.get(life.key)
+            if known is None or life.key in were_here:
+                self.lost[life.key] = Lost(life, now_s)
+            else:
+                self.lost[life.key] = Lost(life, known.since_s, rounds=known.rounds)
         self._proofs = {key: words for key, words in self._proofs.items() if key in self.lost}
         self._nodes = nodes
         self.act(now_s)

@@ -176,7 +176,8 @@ class AgreedGroup:
         if len(self._under_way) >= WINDOW:
             raise Busy(f"{len(self._under_way)} messages are under way")
         self._under_way.append(self._ticked_s)
-        self._send(tagged(self._tag, payload))
+        self._acked = (self._index, self._events.installed)
+        self._send(tagged(self._tag, *self._acked, payload))
 
     def join(self, events: StatefulEvents) -> None:
         """Begin; the first view comes to `events` when all members have met."""
@@ -263,9 +264,10 @@ class AgreedGroup:
         if self._tag is None or events is None:
             return
         keeps = events.installed
+        self._stability.told((self.me.node, self.me.incarnation), self._index, keeps)
+        self._look()
         if self._owed > self._acked[0] or (keeps and not self._acked[1]):
             self._acked = (self._index, keeps)
-            self._told((self.me.node, self.me.incarnation), self._index, keeps)
             self._send(ack(self._tag, self._index, keeps))
 
     def tick(self) -> None:
@@ -497,6 +499,7 @@ class AgreedGroup:
         assert events is not None
         self._index += 1
         events.on_message(self._index, sender, data[OVERHEAD_BYTES:])
+        self._has(sender, *read_ack(data))
         self._owe(sender)
 
     def _owe(self, sender: Member) -> None:
@@ -523,14 +526,14 @@ class AgreedGroup:
         sender = self._members.get(peer)
         if self._tag is None or read_tag(data) != self._tag or sender is None:
             return
-        index, keeps = read_ack(data)
+        self._has(sender, *read_ack(data))
+        self._look()
+
+    def _has(self, sender: Member, index: int, keeps: bool) -> None:
+        """`sender` said so, in the order."""
         if sender == self.me:
             self._covered = max(self._covered, index)
-        self._told((sender.node, sender.incarnation), index, keeps)
-
-    def _told(self, key: Key, index: int, keeps: bool) -> None:
-        self._stability.told(key, index, keeps)
-        self._look()
+        self._stability.told((sender.node, sender.incarnation), index, keeps)
 
     def _look(self) -> None:
         stable = self._stability.look(not self._fencing.lost)

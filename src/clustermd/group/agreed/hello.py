@@ -1,7 +1,7 @@
 """What members of an agreed group say to each other, as bytes.
 
     0  control, a msgpack list: ["hello", ...], ["fenced", ...], ["fence-failed", ...], ["leave"], ["beat", ...]
-    1  tag, payload                     what the user of the group multicasts
+    1  tag, index, keeps, payload       what the user of the group multicasts, with an acknowledgement
     2  tag, index (8 bytes), keeps (1)  "I have had messages up to index", and whether a state that I keep has them
 
 A tag is the view in which a message was sent: (number, ring sequence, ring node). A message whose tag is not
@@ -33,7 +33,7 @@ Key: TypeAlias = tuple[int, int]
 _TAG = struct.Struct(">QQI")
 _ACK = struct.Struct(">QB")
 TAG_BYTES = _TAG.size
-OVERHEAD_BYTES = 1 + TAG_BYTES
+OVERHEAD_BYTES = 1 + TAG_BYTES + _ACK.size
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -141,8 +141,8 @@ def read_control(data: bytes) -> list[Any]:
     return message
 
 
-def tagged(tag: Tag, payload: bytes) -> bytes:
-    return bytes((PAYLOAD,)) + _TAG.pack(*tag) + payload
+def tagged(tag: Tag, index: int, keeps: bool, payload: bytes) -> bytes:
+    return bytes((PAYLOAD,)) + _TAG.pack(*tag) + _ACK.pack(index, keeps) + payload
 
 
 def ack(tag: Tag, index: int, keeps: bool) -> bytes:
@@ -158,8 +158,6 @@ def read_tag(data: bytes) -> Tag | None:
 
 
 def read_ack(data: bytes) -> tuple[int, bool]:
-    """(index, keeps) of an ack. Raises BadBytes."""
-    if len(data) != OVERHEAD_BYTES + _ACK.size:
-        raise BadBytes("bad-message", f"an acknowledgement of another lock daemon has {len(data)} bytes")
-    index, keeps = _ACK.unpack_from(data, OVERHEAD_BYTES)
+    """(index, keeps) of an ack, or of one that comes with a payload, which `read_tag` found long enough."""
+    index, keeps = _ACK.unpack_from(data, 1 + TAG_BYTES)
     return index, bool(keeps)

@@ -123,9 +123,9 @@ class Node:
         self._stable = max(self._stable, index)
         self.replica.on_stable(index)
 
-    def on_fenced(self, member: Member, proof: str) -> None:
+    def on_fenced(self, member: Member, proof: str, index: int = 0) -> None:
         live = self.replica.installed
-        self.replica.on_fenced(member, proof)
+        self.replica.on_fenced(member, proof, index)
         if self.replica.installed and not live:
             self._held_back(self._index)
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from clustermd.testing.simulator.run import Run
 
 DOWN_S = (0.3, 1.0, 3.0, 8.0)
+LANDS_WITHIN_S = 12.0
+"""Longer than any request of a run takes to the medium: a stuck disk, then the longest delay of what lands late."""
 SHORT_S = (0.01, 0.1, 0.5, 1.5)
 DETECT_S = (0.002, 0.05, 0.4, 1.0)
 POINTS = (
@@ -151,6 +153,37 @@ KINDS: dict[str, Kind] = {
         often=8,
         fits=lambda plan: not plan.durable,
     ),
+    "kill-corosync": Kind(
+        lambda plan, draw: {
+            "node": _node(plan, draw),
+            "down_s": _pick(SHORT_S, draw),
+            "detect_s": _pick(DETECT_S, draw),
+        },
+        faults.kill_corosync,
+        fits=lambda plan: not plan.durable,
+    ),
+    "stop-corosync": Kind(
+        lambda plan, draw: {"node": _node(plan, draw), "down_s": _pick(SHORT_S, draw)},
+        faults.stop_corosync,
+        often=2,
+        fits=lambda plan: not plan.durable,
+    ),
+    "pause-lockd": Kind(
+        lambda plan, draw: {"node": _node(plan, draw), "for_s": _pick((0.5, 2.0, 9.0), draw)},
+        faults.pause_lockd,
+        often=3,
+        fits=lambda plan: not plan.durable,
+    ),
+    "pause-corosync": Kind(
+        lambda plan, draw: {
+            "node": _node(plan, draw),
+            "for_s": _pick((0.1, 1.0, 4.0), draw),
+            "detect_s": _pick((0.4, 1.0, 2.0), draw),
+        },
+        faults.pause_corosync,
+        often=3,
+        fits=lambda plan: not plan.durable,
+    ),
     "slow-group": Kind(
         lambda plan, draw: {
             "node": _node(plan, draw),
@@ -267,5 +300,26 @@ def draw_plan(seed: int, dice: Dice, operations: int = 250, faults: int = 10) ->
         daemon_sleep_s=1 + draw.below(2),
         discard=bool(draw.below(3)),
     )
+    plan = _meet(plan, dice.stream("group"))
     work = draw_work(plan, dice, operations)
     return replace(plan, work=work, faults=draw_faults(plan, dice, faults, work[-1].at_s + 1.0))
+
+
+def _meet(plan: Plan, draw: Stream) -> Plan:
+    """How its nodes meet, where that is by corosync."""
+    if plan.nodes == 2 and draw.below(2):
+        plan = replace(plan, durable=False, two_node=True)
+    if plan.durable:
+        return plan
+    if plan.nodes == 4 and draw.one_in(3):
+        plan = replace(plan, nodes=5, slots=max(plan.slots, 5))
+    # a lease proves nothing between two nodes: who is left is no majority either
+    fence = ("power", "storage", "power" if plan.two_node else "lease")[draw.below(3)]
+    leases = fence == "lease" or (not plan.two_node and draw.one_in(4))
+    return replace(
+        plan,
+        fence=fence,
+        lease_s=(2.0, 4.0)[draw.below(2)] if leases else 0.0,
+        device_bound_s=LANDS_WITHIN_S if fence == "lease" else 0.0,
+        wait_for_all=plan.two_node or draw.one_in(5),
+    )

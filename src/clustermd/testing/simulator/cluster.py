@@ -262,6 +262,18 @@ class SimCluster:
         self.kill_lockd(machine, detect_s)
         machine.paused = False
 
+    def kill_corosync(self, machine: Machine, detect_s: float) -> None:
+        assert self.totem is not None
+        self.totem.kill(machine.number, detect_s)
+
+    def stop_corosync(self, machine: Machine) -> None:
+        assert self.totem is not None
+        self.totem.stop(machine.number)
+
+    def start_corosync(self, machine: Machine) -> None:
+        if machine.powered and self.totem is not None:
+            self.totem.start(machine.number)
+
     def lockd_over(self, lockd: Lockd, reason: str) -> None:
         """A lock daemon ends by itself: its state belongs to no history that goes on. It is started anew."""
         machine = lockd.machine

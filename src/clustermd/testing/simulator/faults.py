@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MISSED_DETECT_S = 0.001
 MISSED_DOWN_S = 1.0
+CLEAN_STOP_S = 1.0
 BLACKOUT_DETECT_S = 0.01
 
 
@@ -170,6 +171,51 @@ def partition(run: Run, args: dict[str, Any]) -> None:
     run.later(args["for_s"], run.cluster.heal, set(args["cut_off"]))
 
 
+def kill_corosync(run: Run, args: dict[str, Any]) -> None:
+    """SIGKILL of corosync: its lock daemon and the memberships of its arrays end with it. Limit: it is started
+    again."""
+    machine = run.cluster.machines[args["node"]]
+    if machine.powered and not machine.paused:
+        run.cluster.kill_corosync(machine, args["detect_s"])
+        run.later(args["down_s"], run.cluster.start_corosync, machine)
+
+
+def stop_corosync(run: Run, args: dict[str, Any]) -> None:
+    """A clean stop of corosync below a lock daemon that works. Limit: it is started again."""
+    machine = run.cluster.machines[args["node"]]
+    if machine.powered and not machine.paused:
+        run.cluster.stop_corosync(machine)
+        run.later(args["down_s"] + CLEAN_STOP_S, run.cluster.start_corosync, machine)
+
+
+def pause_lockd(run: Run, args: dict[str, Any]) -> None:
+    """A lock daemon stands still; corosync, its arrays and their locks do not. Limit: it goes on, or the others have
+    its corosync ended."""
+    machine = run.cluster.machines[args["node"]]
+    lockd = machine.lockd
+    if lockd is not None and machine.up and not machine.paused and not lockd.process.paused:
+        run.loop.pause(lockd.process)
+        run.later(args["for_s"], _resume_lockd, run, lockd)
+
+
+def _resume_lockd(run: Run, lockd: Lockd) -> None:
+    if lockd.process.paused and not lockd.machine.paused:
+        run.loop.resume(lockd.process)
+
+
+def pause_corosync(run: Run, args: dict[str, Any]) -> None:
+    """corosync stands still, and finds itself alone when it goes on. Limit: it goes on."""
+    totem = run.cluster.totem
+    if totem is not None and not run.cluster.machines[args["node"]].paused:
+        totem.pause(args["node"], args["detect_s"])
+        run.later(args["for_s"], _resume_corosync, run, args["node"])
+
+
+def _resume_corosync(run: Run, node: int) -> None:
+    if run.cluster.totem is not None and not run.cluster.machines[node].paused:
+        run.cluster.totem.resume(node)
+
+
 def slow_group(run: Run, args: dict[str, Any]) -> None:
     """One node hears everything late."""
     lockd = run.cluster.machines[args["node"]].lockd
@@ -299,6 +345,11 @@ def take_back_all(run: Run) -> None:
     for machine in cluster.machines.values():
         if machine.paused:
             cluster.resume(machine)
+        if cluster.totem is not None and machine.powered:
+            cluster.totem.resume(machine.number)
+            cluster.start_corosync(machine)
+        if machine.lockd is not None:
+            _resume_lockd(run, machine.lockd)
     cluster.heal(set(cluster.machines))
     for machine in cluster.machines.values():
         machine.lost_paths.clear()

@@ -85,6 +85,7 @@ class Daemon:
         self.together = frozenset((self,))  # with whom it came all the way since a ring worked
         self.seen_all = False
         self.turn = False
+        self.stopping = False
 
     @property
     def runs(self) -> bool:
@@ -242,6 +243,7 @@ class Totem:
         daemon = self.daemons.get(node)
         if daemon is None or not daemon.runs:
             return
+        daemon.stopping = True
         for peer in daemon.clients:
             self.say(daemon, Item("gone", daemon, peer, reason=Reason.PROCDOWN))
         self.loop.later(self._pick(MEET_S), self._stop_now, daemon)
@@ -380,8 +382,10 @@ class Totem:
             if item.peer in daemon.members:
                 del daemon.members[item.peer]
                 for connection in self._listeners(daemon):
-                    self._tell_change(daemon, connection, ((item.peer, item.reason),), ())
-            daemon.clients.pop(item.peer, None)
+                    if connection.peer != item.peer:
+                        self._tell_change(daemon, connection, ((item.peer, item.reason),), ())
+            if not daemon.stopping:  # else its clients hear of the end itself
+                daemon.clients.pop(item.peer, None)
         elif item.kind == "sync":
             self._begin(daemon)
         elif item.peer[0] == daemon.node:
