@@ -111,6 +111,7 @@ def test_a_lockd_that_is_killed_gets_a_successor_which_proves_the_end(cluster: A
     victim.kill_lockd()
     cluster.wait_for_log(victim, "proved the end of the former life", 0)
     cluster.wait_for_members(*cluster.nodes)
+    victim.load.connect_anew()
     cluster.wait_for_writes(*cluster.nodes)
     print(f"lockd was killed: all nodes write again after {time.time() - began_s:.2f} s")
     assert victim.node.pid() == array

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from clustermd.testing.exerciser import Report
+from clustermd.testing.exerciser import DISCONNECTED, Report
 from clustermd.testing.local_cluster import LocalCluster, Node
 from clustermd.testing.waiting import wait_until
 from clustermd.testing.write_log import RECORD_BYTES
@@ -32,6 +32,7 @@ class Load:
         self.blocks = (first_block, end_block)
         self.log = directory / f"exerciser{number}.records"
         self.report_path = directory / f"exerciser{number}.report"
+        self._options: tuple[str, ...] = ()
         self._program: subprocess.Popen[bytes] | None = None
 
     @property
@@ -48,12 +49,20 @@ class Load:
     def launch(self, *options: str) -> None:
         """Start it and wait for nothing."""
         self.report_path.unlink(missing_ok=True)
+        self._options = options
         before = self.records
         first, end = self.blocks
         command = [sys.executable, "-m", "clustermd.testing.exerciser", "--socket", self.node.socket()]
         command += ["--log", str(self.log), "--report", str(self.report_path), "--node", str(self.number)]
         command += ["--blocks", f"{first}..{end}", "--seed", str(before), *options]
         self._program = self.node.cluster.start(command, log=f"exerciser{self.number}.log")
+
+    def connect_anew(self) -> Report:
+        """Start it again as it was: its node was excluded, so its server ended the connection. The report until then."""
+        report = self.report()
+        assert report.ended == DISCONNECTED, f"exerciser {self.number} went on as if nothing had happened"
+        self.start(*self._options)
+        return report
 
     def wait_for_records(self, count: int) -> None:
         wait_until(
