@@ -58,7 +58,7 @@ class Load:
         self._program = self.node.cluster.start(command, log=f"exerciser{self.number}.log")
 
     def connect_anew(self) -> Report:
-        """Start it again as it was: its node was excluded, so its server ended the connection. The report until then."""
+        """Start it as it was: its node was excluded, so its server ended the connection. The report until then."""
         report = self.report()
         assert report.ended == DISCONNECTED, f"exerciser {self.number} went on as if nothing had happened"
         self.start(*self._options)
