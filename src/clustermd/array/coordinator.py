@@ -99,7 +99,11 @@ class Coordinator(Protocol):
         """No other node writes in [lo, hi) when this returns (needs the resync right)."""
 
     def all_settled(self) -> bool:
-        """No takeover is outstanding, so a pass under the resync right settles everything."""
+        """No takeover is outstanding: a pass under the resync right may settle everything."""
+
+    def settles(self) -> bool:
+        """A pass that ends now under the right as it is held settles everything: when it was asked for no takeover was
+        outstanding, so all who have something to copy had asked before, and gave it back when that was done."""
 
     def takeovers(self) -> Iterable[int]:
         """Slots whose takeover is outstanding."""
@@ -141,6 +145,9 @@ class Alone:
         return None
 
     def all_settled(self) -> bool:
+        return True
+
+    def settles(self) -> bool:
         return True
 
     def takeovers(self) -> Iterable[int]:

@@ -264,9 +264,11 @@ class Resync:
                     self._status = self._waiting("pending")
                     self._changed()
                     await asyncio.sleep(RETRY_S)
-            if self.coordinator.all_settled():
+            if self.coordinator.settles():
                 state.settled = True
                 state.trace.point("resync.settled")
+            elif self.coordinator.all_settled():
+                self._wake.set()  # others may have queued behind us: after them everything is
 
     # --- resync -----------------------------------------------------------------------------------
 

@@ -95,6 +95,9 @@ class Cluster:
     def all_settled(self) -> bool:
         return self._life is not None and self._life.all_settled
 
+    def settles(self) -> bool:
+        return self._life is not None and self._life.settles
+
     def takeovers(self) -> Iterable[int]:
         return sorted(self._life.takeovers) if self._life else ()
 

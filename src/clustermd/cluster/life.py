@@ -76,6 +76,7 @@ class Life:
         self._gone: set[int] = set()  # slots to take over whose owner is known to be gone
         self._wanting = 0
         self._claimed = False
+        self._settles = False  # all who have bits to copy asked for the resync right before we did
         self._reloads = 0
         self._announced = False  # some node may be keeping out of a window of ours
 
@@ -95,6 +96,11 @@ class Life:
         """Nobody is dead or leaving whose bits have not been taken over."""
         return not self.takeovers and not self._recovering
 
+    @property
+    def settles(self) -> bool:
+        """Whether a pass under the resync right as we hold it leaves nothing to copy anywhere."""
+        return self._settles and self.all_settled
+
     def peers(self) -> tuple[str, ...]:
         ours = self._lockspace.our_slot
         return tuple(slot.name for slot in self._lockspace.slots if slot.slot != ours)
@@ -107,8 +113,10 @@ class Life:
         self.trace.point("join.member", slot=self.slot, nodes=array.nodes)
         await self.channel.open(array.prepare_join)
         await self._lockspace.lock("no-new-dev", Mode.CR)
-        self._own = await OwnSlot.claim(self._lockspace, self.slot)
         self._resync = await self._lockspace.lock("resync")
+        # Who finds that a slot has an owner, or that it is empty, takes its bits for copied: we ask before that.
+        await self._claim_right()
+        self._own = await OwnSlot.claim(self._lockspace, self.slot)
         self.trace.point("join.slot", slot=self.slot)
         await array.load_own_slot(self.slot)
         self.channel.start(self._own)
@@ -125,9 +133,7 @@ class Life:
             if vacant is not None:
                 try:
                     self.trace.point("join.locked", slot=slot)
-                    if await self.array.merge_slot(slot):
-                        # A survivor that finds this slot empty must not take the array for settled before we copy.
-                        await self._claim_right()
+                    await self.array.merge_slot(slot)
                 finally:
                     await vacant.unlock()
                 self.trace.point("join.merged", slot=slot)
@@ -224,7 +230,7 @@ class Life:
         finally:
             self._wanting -= 1
         try:
-            await self._resync.convert(Mode.EX)
+            await self._have_right()
             try:
                 try:
                     yield
@@ -244,18 +250,22 @@ class Life:
                 self._right_requested.clear()
 
     async def _claim_right(self) -> None:
-        """Have the resync right requested, for the first pass of this life, before anything else is let go."""
-        if not self._claimed:
-            self._claimed = True
-            self._wanting += 1
-            self._spawn("the resync right", self._claim)
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._right_requested.wait(), REQUEST_S)
+        """Have the resync right requested, for the first pass of this life, before anything is seen of us."""
+        self._claimed = True
+        self._wanting += 1
+        self._spawn("the resync right", self._claim)
+        await self._right_requested.wait()
 
     async def _claim(self) -> None:
         async with self._resyncing:
             self._right_requested.set()
-            await self._resync.convert(Mode.EX)
+            await self._have_right()
+
+    async def _have_right(self) -> None:
+        """`resync` in EX. The right settles if it was asked for when all slots were known to be looked after."""
+        if self._resync.mode is not Mode.EX:
+            self._settles = self._ready.is_set() and self.all_settled
+        await self._resync.convert(Mode.EX)
 
     def _stopping(self) -> bool:
         task = asyncio.current_task()
@@ -344,7 +354,7 @@ class Life:
 
     def recover_prep(self) -> None:
         self._recovering = True
-        self.array.set_unsettled()
+        self._unsettled()
 
     def recover_slot(self, slot: Slot) -> None:
         self.trace.point("cluster.lost", slot=slot.slot - 1, node=slot.name)
@@ -397,8 +407,13 @@ class Life:
 
     def _take_over(self, slot: int) -> None:
         self.takeovers.add(slot)
-        self.array.set_unsettled()
+        self._unsettled()
         self._spawn_takeover(slot)
+
+    def _unsettled(self) -> None:
+        """There may be bits that nobody who copies them has asked the right for."""
+        self._settles = False
+        self.array.set_unsettled()
 
     def _spawn_takeover(self, slot: int) -> None:
         async def work() -> None:

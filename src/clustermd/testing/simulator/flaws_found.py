@@ -60,8 +60,7 @@ def _gathers(queues: bool, believes: bool) -> Any:
             if vacant is not None:
                 try:
                     self.trace.point("join.locked", slot=slot)
-                    if await self.array.merge_slot(slot):
-                        await self._claim_right()
+                    await self.array.merge_slot(slot)
                 finally:
                     await vacant.unlock()
                 self.trace.point("join.merged", slot=slot)
@@ -238,8 +237,13 @@ FLAWS = (
     ),
     flaw(
         "settled-before-the-joiner-copied",
-        "a joiner that merged bits does not hold the resync right when it lets the slot go",
+        "a joiner does not ask for the resync right before its slot has an owner and others are empty",
         (Life, "_claim_right", _claims_nothing),
+    ),
+    flaw(
+        "right-asked-for-too-early",
+        "a pass settles the array although its resync right was asked for before that of who has bits to copy",
+        (Life, "settles", property(lambda self: self.all_settled)),
     ),
     flaw(
         "joiner-queues-for-a-slot",
