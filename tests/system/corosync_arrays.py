@@ -16,8 +16,9 @@ import shutil
 import signal
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,15 @@ from netns_kit import refused
 from clustermd.errors import Refused
 from clustermd.group.process import boot_id
 from clustermd.lockd.client import lockd_status
+from clustermd.testing.blocks import BLOCK_BYTES, ZEROES, parse
 from clustermd.testing.disks import all_clear, differing_blocks, dirty_chunks, look
+from clustermd.testing.exerciser import DISCONNECTED
 from clustermd.testing.judge import judge, nbd_reader
 from clustermd.testing.load import Load
 from clustermd.testing.local_cluster import LocalCluster
 from clustermd.testing.nbd_client import NbdClient
 from clustermd.testing.waiting import wait_until
+from clustermd.testing.write_log import Kind, read_log
 
 TOKEN_MS = 500
 DETECTION_S = 2.2 * TOKEN_MS / 1000
@@ -134,6 +138,16 @@ class Machine:
         self.node.start_lockd()
 
 
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """How a machine was given up: its life then; seconds until the others had their right, and until its last
+    acknowledged write (negative: before)."""
+
+    life: str
+    right_s: float
+    wrote_s: float
+
+
 class ArrayCluster:
     """`count` machines and the images of one array. `conf` is what clustermd.conf says besides the engine."""
 
@@ -152,6 +166,7 @@ class ArrayCluster:
         self.journal = self.local.directory / "fenced"
         self.disks = self.local.images(2, DISK_BYTES)
         share = DISK_BYTES // 2 // 4096 // count
+        self._load_options: Sequence[str] = LOAD
         self.nodes = []
         for corosync in self.machines.nodes:
             number = corosync.number
@@ -199,6 +214,7 @@ class ArrayCluster:
         wait_until(lambda: all_clear(self.disks), "the bits of creation to be cleared", PATIENCE_S, self.logs)
 
     def put_load(self, *machines: Machine, options: Sequence[str] = LOAD) -> None:
+        self._load_options = options
         for machine in machines or self.nodes:
             machine.load.start(*options)
 
@@ -239,10 +255,67 @@ class ArrayCluster:
             self.logs,
         )
 
+    # a node that is given up, and comes back
+
+    def lose(self, lost: Machine, cut: Callable[[], object], right: str = "fenced {name} (") -> Loss:
+        """Do what `cut` does to a machine that writes, and wait until the others have taken over from it.
+
+        When these have their right (their lockds say so) it is noted what the halves hold of the lost one's blocks:
+        from then on no half may hold anything else.
+        """
+        others = self.others(lost)
+        life, slot = lost.status()["incarnation"], lost.node.slot()
+        marks = [len(machine.log) for machine in others]
+        self.wait_for_writes(*self.nodes)
+        cut()
+        cut_ns, cut_s = time.monotonic_ns(), time.time()
+        words = right.format(name=lost.name)
+        right_s = max(self.wait_for_log(each, words, mark) for each, mark in zip(others, marks, strict=True))
+        held = self.generations(lost)
+        self.wait_for_writes(*others)
+        self._check_unchanged(lost, held)
+        self.wait_for_takeover(slot)
+        self._check_unchanged(lost, held)
+        acknowledged = (each.time_ns for each in read_log(lost.load.log) if each.kind is Kind.ACKNOWLEDGED)
+        return Loss(life, right_s - cut_s, (max(acknowledged, default=cut_ns) - cut_ns) / 1e9)
+
+    def regain(self, lost: Machine, loss: Loss, heal: Callable[[], object]) -> float:
+        """Undo it, and wait until the lost machine has joined again by itself and writes. The seconds that took.
+
+        Its clients hear that the others may have gone on without it: they lose their connection, and make a new one.
+        """
+        began_s = time.time()
+        heal()
+        self.wait_for_members(*self.nodes)
+        assert lost.status()["incarnation"] != loss.life
+        assert lost.load.report().ended == DISCONNECTED
+        lost.load.start(*self._load_options)
+        took_s = time.time() - began_s
+        self.wait_for_writes(*self.nodes)
+        return took_s
+
+    def generations(self, machine: Machine) -> dict[int, set[int]]:
+        """Of each block of that machine, the generations that the halves hold. A torn block counts as -1."""
+        first, end = machine.load.blocks
+        found: dict[int, set[int]] = {block: set() for block in range(first, end)}
+        for disk in self.disks:
+            with open(disk, "rb") as image:
+                image.seek(look(disk).data_offset_bytes + first * BLOCK_BYTES)
+                for held in found.values():
+                    data = image.read(BLOCK_BYTES)
+                    identity = parse(data)
+                    held.add(identity.generation if identity is not None else 0 if data == ZEROES else -1)
+        return found
+
+    def _check_unchanged(self, lost: Machine, held: dict[int, set[int]]) -> None:
+        changed = [block for block, found in self.generations(lost).items() if not found <= held[block]]
+        assert not changed, f"{lost.name} wrote {changed} after the others had their right\n{self.logs()}"
+
     # the end of every story
 
     def settle(self, *machines: Machine) -> None:
         """No load runs any more: every bit gets clear, halves are equal, the judge is content with each node."""
+        self.wait_for_members(*machines)
         wait_until(
             lambda: all_clear(self.disks),
             "every bit to be clear",
@@ -257,7 +330,8 @@ class ArrayCluster:
             assert verdict.acknowledged > 0
 
     def logs(self) -> str:
-        return self.local.logs()
+        """The ends of all logs, for the message of a failed test."""
+        return "\n".join([self.local.logs(), *(machine.corosync.last_words() for machine in self.nodes)])
 
     def close(self) -> None:
         try:
