@@ -135,6 +135,30 @@ def test_a_bad_peer_loses_its_link_and_nobody_else(tmp_path: Path) -> None:
     run(story())
 
 
+def test_what_is_sent_in_one_turn_leaves_together_and_in_order(tmp_path: Path) -> None:
+    async def story() -> None:
+        server = Server()
+        path = tmp_path / "s"
+        listening = await serve_links(path, server.links.append, server.frame, server.ended)
+        link = await open_link(path, lambda *_: None, lambda *_: None)
+        writes: list[bytes] = []
+        assert link._transport is not None
+        write = link._transport.write
+        link._transport.write = lambda data: (writes.append(data), write(data))  # type: ignore[method-assign, assignment]
+        link.send("one")
+        link.send("two")
+        assert not writes and link.unsent_bytes == len(encode(["one"]) + encode(["two"]))
+        link.send_bytes(encode(["three"]))
+        assert len(writes) == 1
+        link.send("four")
+        link.close()
+        await server.heard(5)
+        assert server.frames == [["one"], ["two"], ["three"], ["four"]] and len(writes) == 2
+        listening.close()
+
+    run(story())
+
+
 def test_an_error_of_ours_is_not_taken_for_one_of_the_socket(tmp_path: Path) -> None:
     async def story() -> None:
         crashed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()

@@ -17,13 +17,14 @@ from hashlib import blake2b
 from typing import Any
 
 from clustermd.dlm.machine import NodeKey
-from clustermd.dlm.wire import pack, unpack
+from clustermd.dlm.wire import array_head, pack, unpack
 from clustermd.errors import BadBytes
 
 PROTOCOL = 2
 CONFIG = blake2b(b"clustermd dlm %d" % PROTOCOL, digest_size=8).digest()
 PART_BYTES_MAX = 60 << 10
 PART_OVERHEAD_BYTES = 128
+_ARRAY_OF_4 = array_head(4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,11 @@ def decode(payload: bytes) -> list[Any]:
         case ["snapshot" | "tail", list(), int(), int(), bytes()]:
             return list(message)
     raise BadBytes("bad-frame", "a lock daemon sent a message that this version does not know")
+
+
+def ops_message(applied: int, first: int, ops: list[bytes]) -> bytes:
+    """The "ops" message of operations that are packed already."""
+    return _ARRAY_OF_4 + pack("ops") + pack(applied) + pack(first) + array_head(len(ops)) + b"".join(ops)
 
 
 def in_parts(word: str, ring: tuple[int, ...], data: bytes, max_payload: int) -> list[bytes]:

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import enum
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from clustermd.dlm import report
@@ -34,7 +34,7 @@ from clustermd.dlm.agreement import ACK_EVERY, DIGEST_EVERY, Agreement
 from clustermd.dlm.effects import Answer, Cast, Effect, RecoverDone, RecoverSlot
 from clustermd.dlm.install import Install, plan_install
 from clustermd.dlm.machine import Machine, NodeKey, chain_after
-from clustermd.dlm.messages import CONFIG, Start, decode, in_parts
+from clustermd.dlm.messages import CONFIG, Start, decode, in_parts, ops_message
 from clustermd.dlm.outbox import Outbox
 from clustermd.dlm.shown import AT_ONCE, NOT_YET, Shown
 from clustermd.dlm.wire import Frame, check_client_frame, effect_frame, frame_op, pack, unpack
@@ -44,6 +44,8 @@ from clustermd.trace import Trace
 
 RECENT = 512
 """How many hashes of the last entries are told at a view, so that forked histories are recognised."""
+TEXT_MOST = 512
+"""Characters of a text for people: with it every operation fits in one message of the group."""
 
 
 class ReplicaShell(Protocol):
@@ -68,9 +70,17 @@ class Phase(enum.Enum):
 
 
 class Replica:
-    """See the module. Methods are synchronous and never block; events of the group must not be called within them."""
+    """See the module. Methods are synchronous and never block; events of the group must not be called within them.
 
-    def __init__(self, shell: ReplicaShell, trace: Trace) -> None:
+    `soon(call)` calls it soon: what clients ask for until then goes out in one message.
+    """
+
+    def __init__(
+        self,
+        shell: ReplicaShell,
+        trace: Trace,
+        soon: Callable[[Callable[[], None]], object] = lambda call: call(),
+    ) -> None:
         self._shell = shell
         self._trace = trace
         self._group: ProcessGroup | None = None
@@ -97,6 +107,8 @@ class Replica:
         self._clients = Shown(shell.to_session)
         self._next_session = 1
         self._outbox = Outbox()
+        self._soon = soon
+        self._flushing = self._busy = False
         self._to_send: deque[bytes] = deque()
 
     # ---- for the daemon
@@ -125,7 +137,7 @@ class Replica:
         number = self._next_session
         self._next_session += 1
         self._clients.open(number)
-        self._submit([number, "open", label, pid])
+        self._submit([number, "open", label[:TEXT_MOST], pid])
         return number
 
     def session_frame(self, session: int, frame: Frame) -> None:
@@ -134,6 +146,7 @@ class Replica:
             check_client_frame(frame)
             if not self._clients.listens(session):
                 raise Refused("no-session", "this lock session has ended; connect again")
+            self._outbox.check_room(session, frame[0])
         except Refused as refusal:
             answer = ["refused", frame_op(frame), refusal.code, refusal.message, refusal.data]
             self._shell.to_session(session, answer)
@@ -149,7 +162,7 @@ class Replica:
     def session_end(self, session: int, proof: str, clean: bool) -> None:
         """The client is proved dead, or said goodbye (`clean`): what it holds is purged."""
         if self._clients.close(session):
-            self._submit([session, "end", proof, clean])
+            self._submit([session, "end", proof[:TEXT_MOST], clean])
 
     @property
     def applied(self) -> int:
@@ -231,8 +244,11 @@ class Replica:
         self._flush()
 
     def on_stable(self, index: int) -> None:
+        before = self._shown
         while self._unstable and self._unstable[0][0] <= index:
             self._shown = self._unstable.popleft()[1]
+        if self._shown != before and self._trace.on:
+            self._trace.point("dlm.stable", applied=self._shown, chain=self._machine.chain_at(self._shown))
         self._clients.stable(index)
 
     def on_fenced(self, member: Member, proof: str, index: int = 0) -> None:
@@ -414,7 +430,7 @@ class Replica:
         except BadBytes as error:
             self._trace.point("dlm.bad_message", why=error.message)
             return
-        self._trace.point("dlm.apply", applied=machine.applied, entry=entry)
+        self._trace.point("dlm.apply", applied=machine.applied, chain=machine.chain, entry=entry)
         self._unstable.append((self._index, machine.applied))
         self._emit(effects)
         state = machine.nodes.get(self._me)
@@ -470,10 +486,13 @@ class Replica:
 
     def _submit(self, op: Frame) -> None:
         self._outbox.add(op)
-        self._flush()
+        if not self._flushing and not self._busy:
+            self._flushing = True
+            self._soon(self._flush)
 
     def _flush(self) -> None:
         """Send what waits. A busy group is asked again at the next delivery, a lost one after the next install."""
+        self._flushing = self._busy = False
         group = self._group
         if group is None:
             return
@@ -485,10 +504,10 @@ class Replica:
                 first, ops = self._outbox.next_batch(group.max_payload)
                 if not ops:
                     return
-                group.multicast(pack(["ops", self._machine.applied, first, ops]))
+                group.multicast(ops_message(self._machine.applied, first, ops))
                 self._outbox.sent = first + len(ops) - 1
         except Busy:
-            return
+            self._busy = True
         except Refused as error:
             self._trace.point("dlm.not_sent", why=error.message)
 

@@ -63,6 +63,12 @@ def pack(value: Any) -> bytes:
     return packed
 
 
+def array_head(count: int) -> bytes:
+    """What stands before the `count` packed values of a list."""
+    head: bytes = msgpack.Packer().pack_array_header(count)
+    return head
+
+
 def unpack(data: bytes) -> Any:
     """Raises BadBytes for what is not one msgpack value."""
     try:

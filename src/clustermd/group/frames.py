@@ -8,6 +8,9 @@ for a length before it is checked, and no byte of a partial frame is interpreted
 `FrameLink` is one connection. It calls `on_frame(link, frame)` for each frame and `on_lost(link, reason)`
 exactly once at its end, however it ends, except after its own `close()`. A `Refused` raised by `on_frame` is
 bad input of this peer and ends this link only.
+
+What is sent in one turn of the event loop leaves together at its end: one system call, and the other end is
+woken once.
 """
 
 from __future__ import annotations
@@ -108,6 +111,7 @@ class FrameLink(asyncio.Protocol):
         self._decoder = Decoder()
         self._transport: asyncio.Transport | None = None
         self._ended = False
+        self._out: list[bytes] = []
         self.peer_pid = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -143,20 +147,32 @@ class FrameLink(asyncio.Protocol):
     @property
     def unsent_bytes(self) -> int:
         """What the kernel has not taken yet."""
-        return self._transport.get_write_buffer_size() if self._transport is not None else 0
+        unwritten = sum(map(len, self._out))
+        return unwritten + (self._transport.get_write_buffer_size() if self._transport is not None else 0)
 
     def send(self, *frame: Any) -> None:
         """Send one frame. On a link that has ended it goes nowhere: its owner has heard `on_lost`."""
-        self.send_bytes(encode(list(frame)))
+        data = encode(list(frame))
+        if not self._ended:
+            if not self._out:
+                asyncio.get_running_loop().call_soon(self._write)
+            self._out.append(data)
 
     def send_bytes(self, data: bytes) -> None:
-        """Send frames that are encoded already."""
-        if not self._ended and self._transport is not None and not self._transport.is_closing():
-            self._transport.write(data)
+        """Send frames that are encoded already, at once."""
+        if not self._ended:
+            self._out.append(data)
+            self._write()
+
+    def _write(self) -> None:
+        out, self._out = self._out, []
+        if out and self._transport is not None and not self._transport.is_closing():
+            self._transport.write(b"".join(out))
 
     def close(self) -> None:
         """End it from this side, after what was sent has left. `on_lost` is not called."""
         self._ended = True
+        self._write()
         if self._transport is not None:
             self._transport.close()
 

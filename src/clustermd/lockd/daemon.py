@@ -26,7 +26,7 @@ from clustermd.device.lease import LeaseFile
 from clustermd.dlm.replica import Replica
 from clustermd.errors import Refused
 from clustermd.group.daemon import run_daemon
-from clustermd.group.frames import Frame, FrameLink, bad_frame, serve_links, stop_serving
+from clustermd.group.frames import Frame, FrameLink, bad_frame, encode, serve_links, stop_serving
 from clustermd.group.liveness import Bounds, PeerWatch
 from clustermd.group.local import LocalGroup
 from clustermd.group.node_group import NodeGroup
@@ -58,7 +58,7 @@ class Lockd:
         self._group = self._make_group(conf, trace)
         # on corosync the others wait for this node at every start, and nothing starts it by itself for them
         self._linger_s = math.inf if conf.clustered else bounds.linger_s
-        self._replica = Replica(self, trace)
+        self._replica = Replica(self, trace, lambda call: asyncio.get_running_loop().call_soon(call))
         self._links: dict[FrameLink, SessionState | None] = {}
         self._sessions: dict[int, SessionState] = {}
         self._arriving: dict[FrameLink, str] = {}
@@ -192,6 +192,9 @@ class Lockd:
 
     def must_restart(self, reason: str) -> None:
         log.error("this life ends, with all its sessions: %s", reason)
+        for link in self._arriving:
+            # nothing leaves any more at the end of this turn; who comes learns so whether a new life helps
+            link.send_bytes(encode(["over", reason]))
         logging.shutdown()
         os._exit(OVER)
 
