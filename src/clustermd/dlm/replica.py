@@ -383,6 +383,7 @@ class Replica:
         try:
             if word == "snapshot":
                 self._machine.load_sealed(whole)
+                self._trace.point("dlm.loaded", applied=self._machine.applied, chain=self._machine.chain)
             else:
                 self._catch_up(whole)
         except BadBytes as error:

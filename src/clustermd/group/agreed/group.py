@@ -447,7 +447,13 @@ class AgreedGroup:
             unbroken=self._unbroken,
         )
         self._unbroken = True
-        self._trace.point("group.view", ring=tag, members=[member.node for member in members], quorate=True)
+        self._trace.point(
+            "group.view",
+            ring=tag,
+            members=[member.node for member in members],
+            quorate=True,
+            majority=self._majority,
+        )
         if self._lease_s:
             own_votes = {key[0]: own for key, own in votes.items() if own}
             self._lease = Lease(self.me.node, own_votes, self._majority, self._lease_s)

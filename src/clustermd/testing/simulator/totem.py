@@ -85,7 +85,6 @@ class Daemon:
         self.together = frozenset((self,))  # with whom it came all the way since a ring worked
         self.seen_all = False
         self.turn = False
-        self.stopping = False
 
     @property
     def runs(self) -> bool:
@@ -183,6 +182,7 @@ class Connection:
         self._soon()
 
     def daemon_ended(self) -> None:
+        self.joined = False  # nothing more comes
         self._inbox.clear()
         self._quorum.clear()
         self.put(self._end)
@@ -243,8 +243,8 @@ class Totem:
         daemon = self.daemons.get(node)
         if daemon is None or not daemon.runs:
             return
-        daemon.stopping = True
-        for peer in daemon.clients:
+        for peer, connection in daemon.clients.items():
+            connection.daemon_ended()
             self.say(daemon, Item("gone", daemon, peer, reason=Reason.PROCDOWN))
         self.loop.later(self._pick(MEET_S), self._stop_now, daemon)
 
@@ -382,10 +382,8 @@ class Totem:
             if item.peer in daemon.members:
                 del daemon.members[item.peer]
                 for connection in self._listeners(daemon):
-                    if connection.peer != item.peer:
-                        self._tell_change(daemon, connection, ((item.peer, item.reason),), ())
-            if not daemon.stopping:  # else its clients hear of the end itself
-                daemon.clients.pop(item.peer, None)
+                    self._tell_change(daemon, connection, ((item.peer, item.reason),), ())
+            daemon.clients.pop(item.peer, None)
         elif item.kind == "sync":
             self._begin(daemon)
         elif item.peer[0] == daemon.node:
