@@ -188,6 +188,32 @@ def test_what_waits_anywhere_shares_the_end_of_its_life(tmp_path: Path, excludes
 
 
 @pytest.mark.parametrize("excludes", [False, True])
+def test_a_read_that_is_put_together_from_two_copies(tmp_path: Path, excludes: bool) -> None:
+    paths = clustered(tmp_path)
+
+    async def story() -> None:
+        async with two_nodes(paths, excludes) as cluster:
+            one = cluster.nodes[1]
+            at = data_at(paths[0])
+            await one.client.write(0, b"g" * 2 * BLOCK)
+            one.array.state.settled = False
+            one.disks.fault(
+                member="disk0", ops=(Op.READ,), lo=at, hi=at + 512, error=errno.EIO, until_written=True
+            )
+            part = one.disks.fault(
+                ops=(Op.READ,), lo=at + 15 * 512, stuck=True, times=1, only=lambda io: io.length == 512
+            )
+            read = one.client.send(Kind.READ, 0, 2 * BLOCK)
+            await until(lambda: bool(part.hits))
+            await lose_and_join(one)
+            assert await errors_of([read]) == [EXCLUDED if excludes else 0]
+            await settled(cluster)
+
+    run(story())
+    assert data_of(paths[0]) == data_of(paths[1])
+
+
+@pytest.mark.parametrize("excludes", [False, True])
 def test_writes_and_flushes_that_wait_for_the_record_of_a_fault(tmp_path: Path, excludes: bool) -> None:
     paths = clustered(tmp_path, 3)
 

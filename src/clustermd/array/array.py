@@ -157,10 +157,6 @@ class Array:
 
     def submit(self, batch: list[Request]) -> None:
         """Take a batch of client requests (see `request.Volume`); EINVAL for one that is not whole blocks."""
-        if self.state.excluded:
-            for request in batch:
-                self.state.refuse(request)
-            return
         odd = self.block_bytes - 1
         for request in batch:
             kind = request.kind

@@ -69,7 +69,7 @@ class NbdServer:
         self._connections: dict[Connection, _Peer] = {}
         self._changed = asyncio.Event()
         self._budget: Budget | None = None
-        self._admits = True
+        self._admits = True  # false while this node is excluded
 
     async def start(self) -> None:
         """Listen. Raises Refused when the path is too long, or another server answers there."""
@@ -78,8 +78,7 @@ class NbdServer:
         self._listener = listener
         loop = asyncio.get_running_loop()
         self._budget = Budget(BUFFERED_MAX_BYTES, loop)
-        if self._admits:
-            loop.add_reader(listener, self._accept)
+        loop.add_reader(listener, self._accept)
 
     def exclude(self, reason: str) -> None:
         """End all connections when what the array has of them is answered; new ones wait for `admit`."""
