@@ -235,6 +235,9 @@ def test_a_fresh_cluster_waits_for_all_configured_nodes_and_fences_the_absent_af
     assert [(member.node, member.incarnation) for member, _ in one.view.left] == [(3, 0)]
     ring.tick(29)
     assert not one.fencing
+    assert one.group.unproved == (
+        "nobody knows yet that node3 writes nothing: it has 1 s more to come before it is fenced"
+    )
     ring.tick(2)
     assert [victim.node for victim in one.fencing] == [3] and not two.fencing
     one.group.fence_done(3, "off")

@@ -62,6 +62,7 @@ class LocalGroup:
         self.max_payload = MAX_PAYLOAD_BYTES
         self.view = View((0, 0), (), (), (), False)
         self.frozen = "not a member yet"
+        self.unproved = ""  # the sequencer welcomes nobody before that
         self._rundir = rundir
         self._bounds = bounds
         self._clock = clock

@@ -15,6 +15,10 @@ class NodeGroup(ProcessGroup, Protocol):
     def frozen(self) -> str:
         """Why nothing is delivered, or nothing."""
 
+    @property
+    def unproved(self) -> str:
+        """Who is lost without a proof of its end and what that waits for, or nothing."""
+
     async def connect(self) -> None:
         """Find what carries the group and learn who this node is. Raises Refused."""
 

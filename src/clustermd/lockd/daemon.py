@@ -233,7 +233,7 @@ class Lockd:
                     raise bad_frame(f"a session speaks version {version!r}, its lockd {PROTOCOL}")
                 self._arriving[link] = label
                 if not self._replica.installed:
-                    link.send("waiting", self._group.frozen or "the lock manager's state is on its way")
+                    link.send("waiting", self._waits_for())
                 self._welcome()
             case ["status"]:
                 self._tasks.spawn(self._tell_status(link))
@@ -243,6 +243,13 @@ class Lockd:
                 link.send("pong", number)
             case _:
                 raise bad_frame(f"a session says {frame[0]!r} before its welcome")
+
+    def _waits_for(self) -> str:
+        return (
+            self._group.frozen
+            or self._group.unproved
+            or "the lock manager's state is on its way to this node"
+        )
 
     def _vouch(self, link: FrameLink, name: str) -> None:
         words = f"an operator on {self._group.me.name} vouches that it is off"

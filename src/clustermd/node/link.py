@@ -145,6 +145,7 @@ async def connect_link(
 
     Raises Refused, DeviceRefused when a disk is held by the kernel, ClusterLost.
     """
+    said = ""
     while True:
         try:
             connection = await connect(rundir, f"array {array}", timeout_s=SAY_S, trace=trace)
@@ -152,7 +153,9 @@ async def connect_link(
         except Refused as refusal:
             if refusal.code != "group-not-ready":
                 raise
-            notice(refusal.message)
+            if refusal.message != said:
+                said = refusal.message
+                notice(said)
     link = LockdLink(connection, devices, shared, submitter, rundir, one_machine)
     try:
         await link.take_witness(array, notice)

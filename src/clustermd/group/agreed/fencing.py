@@ -173,6 +173,20 @@ class Fencing:
             return f"it has {left_s:.0f} s more to come before it is fenced"
         return ""
 
+    def words(self, now_s: float) -> str:
+        """For people: each lost node and what is done about it, in a sentence; or nothing."""
+        told = []
+        for node in sorted({key[0] for key in self.lost}):
+            lost = self._of(node)
+            name = lost[0].life.member.name
+            how = self._waits(node, now_s) or (
+                "it is being fenced" if node in self._at_work else "another node fences it"
+            )
+            failures = [why for each in lost for why in each.failed.values()]
+            last = f" (last failure: {failures[-1]})" if failures else ""
+            told.append(f"nobody knows yet that {name} writes nothing: {how}{last}")
+        return "; ".join(told)
+
     def status(self, now_s: float) -> list[dict[str, Any]]:
         """For people: who is lost, since when, who acts, what failed, what is waited for."""
         return [

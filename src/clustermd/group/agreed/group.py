@@ -412,7 +412,8 @@ class AgreedGroup:
             self._tag = None
             self._unbroken = False
             self._on_lease(0.0)
-            self.frozen = "the cluster has no quorum"
+            absent = [node.name for node in self._nodes.values() if node.number not in self._ring_nodes]
+            self.frozen = "the cluster has no quorum" + (f", it lacks {', '.join(absent)}" if absent else "")
             self._trace.point(
                 "group.view", ring=tag, members=[member.node for member in members], quorate=False
             )
@@ -603,6 +604,11 @@ class AgreedGroup:
             self._outgoing.append(data)
 
     # ---- for people
+
+    @property
+    def unproved(self) -> str:
+        """Who is lost without a proof of its end, and what that waits for, or nothing."""
+        return self._fencing.words(self._clock.boottime_s())
 
     def status(self) -> dict[str, Any]:
         """Ring, quorum, members, who is lost, and what anything waits for, as plain JSON values."""

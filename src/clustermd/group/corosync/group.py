@@ -104,6 +104,11 @@ class CorosyncGroup:
         return self._agreed.frozen
 
     @property
+    def unproved(self) -> str:
+        """As `NodeGroup.unproved`."""
+        return self._agreed.unproved if self._agreed is not None else ""
+
+    @property
     def view(self) -> View:
         """The last view."""
         return self._agreed.view if self._agreed is not None else View((0,), (), (), (), False)
