@@ -18,7 +18,7 @@ from clustermd.testing.locks.rules import LockRuleBroken
 if TYPE_CHECKING:
     from clustermd.testing.locks.replicas import Node
 
-LOCAL_REFUSALS = ("bad-frame", "no-session")
+LOCAL_REFUSALS = ("bad-frame", "no-session", "too-many-operations")
 """Refusals that a lock daemon makes by itself, without asking the others."""
 
 
