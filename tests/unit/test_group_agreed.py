@@ -89,6 +89,20 @@ def test_where_votes_prove_nothing_all_is_held_until_the_lost_is_proved_dead() -
     assert one.of("fenced") == [(2, 1, "its power is off")] and one.stable == 2
 
 
+def test_two_quorate_sides_do_not_switch_each_other_off_at_the_same_moment() -> None:
+    ring = Ring(2)
+    ring.quorate = lambda side: True  # two_node
+    one, two = ring.start(1, 2, race_s=5.0)
+    ring.run()
+    ring.split((1,), (2,))
+    ring.run()
+    ring.tick(4)
+    assert [victim.node for victim in one.fencing] == [2] and not two.fencing
+    assert "1 s more" in two.group.unproved
+    ring.tick(2)
+    assert [victim.node for victim in two.fencing] == [1], "nobody switched it off, so the other one is dead"
+
+
 def test_what_was_sent_in_a_former_view_counts_nowhere() -> None:
     ring, (one, two, three_) = three()
     one.group.multicast(b"late")

@@ -7,6 +7,9 @@ visibly (dlm.md 3.6, 6.4). All lost lives of one node are one task, whatever ran
 
 Nobody is fenced that is in the medium's membership: its lockd has only ended, and the next one there brings the proof;
 it is waited for by name. At the start of a cluster the absent are given `startup_s` to come (dlm.md 6.6).
+
+Where both sides of a cut cluster are quorate (two_node) both would switch each other off at the same moment, and nobody
+be left. There the side with the lowest node goes first: the other one, should it live, follows `race_s` later.
 """
 
 from __future__ import annotations
@@ -52,10 +55,12 @@ class Lost:
 class Fencing:
     """The table, and this node's part in it."""
 
-    def __init__(self, me: int, shell: FenceShell, startup_s: float) -> None:
+    def __init__(self, me: int, shell: FenceShell, startup_s: float, race_s: float) -> None:
         self._me = me
         self._shell = shell
         self._startup_s = startup_s
+        self._race_s = race_s
+        self._contested = False
         self.lost: dict[Key, Lost] = {}
         self._nodes: tuple[int, ...] = ()
         self._in_ring: frozenset[int] = frozenset()
@@ -171,6 +176,10 @@ class Fencing:
         )
         if left_s > 0:
             return f"it has {left_s:.0f} s more to come before it is fenced"
+        if self._contested and self._nodes and node < min(self._nodes):
+            left_s = max((lost.since_s + self._race_s - now_s for lost in self._of(node)), default=0.0)
+            if left_s > 0:
+                return f"if only the link is cut it may fence this side first: {left_s:.0f} s more"
         return ""
 
     def words(self, now_s: float) -> str:

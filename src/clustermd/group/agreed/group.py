@@ -87,8 +87,9 @@ class StatefulEvents(GroupEvents, Protocol):
 class AgreedGroup:
     """See the module. `nodes` are the configured ones; `config` is what all must have alike, in words.
 
-    `ended` are proofs of former lives of this node: (incarnation, words). `lease_s` is 0 where there are no leases;
-    `on_lease(until_s)` tells until when (boot clock) this node may act, `on_expelled(reason)` that it may not at all.
+    `ended` are proofs of former lives of this node: (incarnation, words). `startup_s` and `race_s` are as in
+    `Fencing`. `lease_s` is 0 where there are no leases; `on_lease(until_s)` tells until when (boot clock) this node
+    may act, `on_expelled(reason)` that it may not at all.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class AgreedGroup:
         *,
         ended: Iterable[tuple[int, str]] = (),
         startup_s: float,
+        race_s: float = 0.0,
         lease_s: float = 0.0,
         unresponsive_s: float,
         on_lease: Callable[[float], None] = lambda until_s: None,
@@ -151,7 +153,7 @@ class AgreedGroup:
         self._last: dict[Key, Life] = {}
         self._left: set[Key] = set()
         self._proofs: dict[Key, str] = {(self.me.node, incarnation): words for incarnation, words in ended}
-        self._fencing = Fencing(self.me.node, fence_shell, startup_s)
+        self._fencing = Fencing(self.me.node, fence_shell, startup_s, race_s)
         # what goes out, and who owes what for how long
         self._outgoing: deque[bytes] = deque()
         self._under_way: deque[float] = deque()

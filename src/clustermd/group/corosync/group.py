@@ -45,6 +45,10 @@ from clustermd.trace import Trace
 GROUP = b"clustermd:lockd"
 RETRY_S = 0.005
 TICK_S = 0.1
+RACE_S = 5.0
+"""How long one side of a cluster that was cut in two quorate halves waits for the other to switch it off."""
+SWITCHES_OFF = ("agent", "stonith", "device")
+"""Policies under which two sides could end each other."""
 
 log = logging.getLogger("clustermd.group")
 
@@ -246,6 +250,7 @@ class CorosyncGroup:
             self._trace,
             ended=self._ended,
             startup_s=self._conf.startup_s,
+            race_s=RACE_S if self._conf.fence in SWITCHES_OFF else 0.0,
             lease_s=lease_s,
             unresponsive_s=self._unresponsive_s,
             on_lease=self._on_lease,
