@@ -12,9 +12,11 @@ import re
 from types import ModuleType
 
 import pytest
-from flaw_stories import SCENARIOS, Scenario
+from flaw_stories import SCENARIOS as OTHERS
+from flaw_stories import Scenario
+from group_stories import SCENARIOS as OF_THE_GROUP
 
-from clustermd.testing.simulator import disk_watch, log_watch, model, rest, run, workload
+from clustermd.testing.simulator import cluster, disk_watch, log_watch, model, rest, run, workload
 from clustermd.testing.simulator.flaws import all_flaws, patched
 from clustermd.testing.simulator.flaws_found import FLAWS
 from clustermd.testing.trace.events import Violation
@@ -31,6 +33,7 @@ pytestmark = [
 ]
 
 NAME = re.compile(r"[a-z]+(-[a-z]+)+")
+SCENARIOS = (*OTHERS, *OF_THE_GROUP)
 NO_RULES = {"kill-at"}
 FOUND: dict[str, Violation] = {}
 
@@ -66,7 +69,7 @@ def rules_of(module: ModuleType) -> set[str]:
 
 def test_every_rule_is_seen_to_fire() -> None:
     watching = {rule.rule for rule in all_rules(Lives())}
-    for module in (disk_watch, log_watch, model, rest, run, workload):
+    for module in (cluster, disk_watch, log_watch, model, rest, run, workload):
         watching |= rules_of(module)
     if len(FOUND) < len(SCENARIOS):
         pytest.skip("the scenarios were not all played in this process")

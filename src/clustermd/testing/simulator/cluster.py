@@ -139,10 +139,7 @@ class SimCluster:
         if not lockd.process.alive:
             return
         former = [other for other in machine.lockds if other is not lockd]
-        landed = all(attached.drained() for other in former for attached in other.witnesses) and not any(
-            array.submitter.in_flight for array in self.arrays_of(machine.number) if not array.process.alive
-        )
-        if not landed or not self.totem.up(machine.number) or lockd.process.paused:
+        if not self.landed(machine, former) or not self.totem.up(machine.number) or lockd.process.paused:
             self.loop.later(LOOK_S, self._enter, lockd, port)
             return
         for other in former:
@@ -157,6 +154,12 @@ class SimCluster:
         ]
         pid = 100 + len([other for other in machine.lockds if other.boot == machine.boots])
         lockd.process.context.copy().run(port.enter, pid, f"{machine.name} start {machine.boots}", ended)
+
+    def landed(self, machine: Machine, former: list[Lockd]) -> bool:
+        """Whether nothing is left of what these lock daemons' sessions and the machine's dead processes sent."""
+        return all(attached.drained() for other in former for attached in other.witnesses) and not any(
+            array.submitter.in_flight for array in self.arrays_of(machine.number) if not array.process.alive
+        )
 
     def start_array(self, machine: Machine) -> None:
         if machine.array is not None and machine.array.process.alive:

@@ -10,7 +10,8 @@ Those in `flaws_found` were our own once: simulated runs found them.
         outcome = run_seed(17)
         print(outcome.violation)
 
-The patches are in five files: `flaws_takeover`, `flaws_cluster`, `flaws_array`, `flaws_planted`, `flaws_found`.
+The patches are in six files: `flaws_takeover`, `flaws_cluster`, `flaws_array`, `flaws_group`, `flaws_planted`,
+`flaws_found`.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def all_flaws() -> dict[str, Flaw]:
         flaws_array,
         flaws_cluster,
         flaws_found,
+        flaws_group,
         flaws_planted,
         flaws_takeover,
     )
@@ -73,6 +75,7 @@ def all_flaws() -> dict[str, Flaw]:
         *flaws_cluster.FLAWS,
         *flaws_array.FLAWS,
         *flaws_planted.FLAWS,
+        *flaws_group.FLAWS,
         *flaws_found.FLAWS,
     ]
     return {flaw.name: flaw for flaw in flaws}
