@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from clustermd.group.agreed.hello import Key, Life
+from clustermd.trace import Trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +56,9 @@ class Lost:
 class Fencing:
     """The table, and this node's part in it."""
 
-    def __init__(self, me: int, shell: FenceShell, startup_s: float, race_s: float) -> None:
+    def __init__(self, me: int, shell: FenceShell, startup_s: float, race_s: float, trace: Trace) -> None:
         self._me = me
+        self._trace = trace
         self._shell = shell
         self._startup_s = startup_s
         self._race_s = race_s
@@ -121,6 +123,7 @@ class Fencing:
 
     def done(self, node: int, words: str) -> None:
         """This node's attempt at `node` succeeded: whatever was lost when it began has ended."""
+        self._over(node, "done")
         for key in self._at_work.pop(node, frozenset()) & self.lost.keys():
             self._proofs[key] = words
 
@@ -130,6 +133,7 @@ class Fencing:
 
     def given_up(self, node: int) -> None:
         """This node's attempt at `node` failed."""
+        self._over(node, "failed")
         self._at_work.pop(node, None)
 
     def to_say(self) -> list[tuple[Key, str]]:
@@ -149,13 +153,19 @@ class Fencing:
                 last = max(self._of(node), key=lambda lost: lost.since_s)
                 victim = Victim(node, last.life.member.name, last.life.member.incarnation, last.since_s)
                 self._at_work[node] = frozenset(key for key in self.lost if key[0] == node)
+                self._trace.point("group.fencing", node=node)
                 self._shell.begin(victim)
             elif not mine and node in self._at_work:
                 self._stop(node)
 
     def _stop(self, node: int) -> None:
+        self._over(node, "cancelled")
         if self._at_work.pop(node, None) is not None:
             self._shell.cancel(node)
+
+    def _over(self, node: int, how: str) -> None:
+        if node in self._at_work:
+            self._trace.point("group.fencing_over", node=node, how=how)
 
     def _of(self, node: int) -> list[Lost]:
         return [lost for key, lost in sorted(self.lost.items()) if key[0] == node]

@@ -153,7 +153,7 @@ class AgreedGroup:
         self._last: dict[Key, Life] = {}
         self._left: set[Key] = set()
         self._proofs: dict[Key, str] = {(self.me.node, incarnation): words for incarnation, words in ended}
-        self._fencing = Fencing(self.me.node, fence_shell, startup_s, race_s)
+        self._fencing = Fencing(self.me.node, fence_shell, startup_s, race_s, trace)
         # what goes out, and who owes what for how long
         self._outgoing: deque[bytes] = deque()
         self._under_way: deque[float] = deque()

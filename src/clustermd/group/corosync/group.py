@@ -236,14 +236,13 @@ class CorosyncGroup:
         self._incarnations.living[self.me.incarnation] = me
         self._incarnations.save()
         lease_s = self._conf.lease_s if self._conf.fence == "lease" else 0.0
-        nodes = ", ".join(f"{node.number} {node.name}" for node in self._nodes)
         cpg = self._cpg
         assert cpg is not None
         self._agreed = AgreedGroup(
             Life(self.me, self._boot),
             os.getpid(),
             self._nodes,
-            f"cluster {self._cluster} of {nodes}; fence {self._conf.fence}; lease {lease_s:g} s",
+            common_configuration(self._cluster, self._nodes, self._conf),
             self,
             self._fence_shell,
             self._clock,
@@ -361,3 +360,13 @@ class CorosyncGroup:
             await asyncio.sleep(TICK_S)
             if self._agreed is not None and not self._over:
                 self._agreed.tick()
+
+
+def common_configuration(cluster: str, nodes: tuple[Configured, ...], conf: Conf) -> str:
+    """In words, all on which safety rests and that all nodes must have alike (dlm.md 6.3, 6.8.35)."""
+    lease_s = conf.lease_s if conf.fence == "lease" else 0.0
+    names = ", ".join(f"{node.number} {node.name} ({node.votes})" for node in nodes)
+    return (
+        f"cluster {cluster} of {names}; fence {conf.fence}; lease {lease_s:g} s, "
+        f"device bound {conf.device_bound_s:g} s"
+    )
