@@ -70,14 +70,21 @@ class Fencing:
         self._proofs: dict[Key, str] = {}
 
     def view(
-        self, lost: list[Life], nodes: tuple[int, ...], now_s: float, were_here: Container[Key] = ()
+        self,
+        lost: list[Life],
+        nodes: tuple[int, ...],
+        now_s: float,
+        were_here: Container[Key] = (),
+        *,
+        contested: bool = False,
     ) -> None:
         """A quorate view of `nodes` has begun in which these lives are lost and not proved dead.
 
         Whoever of them was in the last view of some member (`were_here`) is lost since now, though this node may have
         missed it longer: it may have had a lease meanwhile. Which nodes failed to fence is forgotten, so that all know
-        the same of it.
+        the same of it. `contested`: those here are no majority, so the lost ones may be quorate as well.
         """
+        self._contested = contested
         before = self.lost
         self.lost = {}
         for life in lost:
