@@ -7,7 +7,8 @@ else wants (a pair):
 - `local`: clustermd's lock manager on the nodes of one machine;
 - `etcd`: transaction and delete, servers on a disk (`--directory`);
 - `redlock`: three Redis servers that keep nothing;
-- as information: `corosync udpu` (no encryption), `redlock disk` (appendfsync always).
+- as information: `corosync udpu` (no encryption), `redlock disk` (appendfsync always), and `corosync alone`: the three
+  messages that a pair takes on corosync, without any lock manager (`locks_floor`).
 
 All clients are asyncio in this one process (`locks_clusters`, `locks_etcd`, `locks_redis`). One worker gives
 the time that a pair takes, 64 workers, each with a lock of its own, what the whole carries. Then one md-cluster
@@ -136,7 +137,12 @@ async def benchmark(wanted: list[str], directory: Path, count: int, seconds: flo
         made: dict[str, System] = {}
         for name in wanted:
             if name in engines:
-                made[name] = Locks(servers.enter_context(nodes_of(engines[name])), name == "local")
+                nodes = servers.enter_context(nodes_of(engines[name]))
+                made[name] = Locks(nodes)
+                if name == "corosync" and nodes.corosync is not None:
+                    from locks_floor import Floor
+
+                    made["corosync alone"] = Floor(nodes.corosync)
             elif name == "etcd":
                 from locks_etcd import Etcd, etcd_servers
 

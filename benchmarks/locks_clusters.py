@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from clustermd.cluster.channel import Channel
@@ -35,15 +36,23 @@ CONF = 'engine = "corosync"\nfence = "none"\n'
 namespaces_refused = refused
 
 
+@dataclass(frozen=True)
+class Nodes:
+    """Three nodes: their run directories, and the corosync below if that is the engine."""
+
+    rundirs: list[RunDir]
+    corosync: CorosyncCluster | None = None
+
+
 @contextmanager
-def local_nodes() -> Iterator[list[RunDir]]:
+def local_nodes() -> Iterator[Nodes]:
     """Three nodes of one machine. Their lockds start when they are needed."""
     with LocalCluster() as cluster:
-        yield [cluster.node(f"node{number}").rundir for number in range(1, NODES + 1)]
+        yield Nodes([cluster.node(f"node{number}").rundir for number in range(1, NODES + 1)])
 
 
 @contextmanager
-def corosync_nodes(transport: str) -> Iterator[list[RunDir]]:
+def corosync_nodes(transport: str) -> Iterator[Nodes]:
     """Three machines with corosync (`knet` with AES, or `udpu`) and a lockd each."""
     cluster = CorosyncCluster(NODES, Options(transport=transport))
     lockds: list[subprocess.Popen[bytes]] = []
@@ -59,7 +68,7 @@ def corosync_nodes(transport: str) -> Iterator[list[RunDir]]:
                 environment = node.environment | {"CLUSTERMD_CONF": str(conf)}
                 lockds.append(node.popen(*words, env=environment, stdout=log, stderr=log))
             rundirs.append(rundir)
-        yield rundirs
+        yield Nodes(rundirs, cluster)
     finally:
         for lockd in lockds:
             lockd.kill()
@@ -94,14 +103,14 @@ async def session(rundir: RunDir, start: bool) -> LockdConnection:
 class Locks:
     """A client of the first node, in a lockspace that all three nodes are in."""
 
-    def __init__(self, rundirs: list[RunDir], start: bool) -> None:
-        self._rundirs = rundirs
-        self._start = start
+    def __init__(self, nodes: Nodes) -> None:
+        self._nodes = nodes
         self.sessions: list[LockdConnection] = []
         self._space: SessionLockspace
 
     async def open(self) -> None:
-        self.sessions = [await session(rundir, self._start) for rundir in self._rundirs]
+        start = self._nodes.corosync is None
+        self.sessions = [await session(rundir, start) for rundir in self._nodes.rundirs]
         spaces = [await one.session.join("locks", Deaf(), max_slots=NODES) for one in self.sessions]
         self._space = spaces[0]
 
@@ -155,7 +164,7 @@ async def _nothing() -> None: ...
 
 
 @contextmanager
-def nodes_of(engine: str) -> Iterator[list[RunDir]]:
+def nodes_of(engine: str) -> Iterator[Nodes]:
     """Three nodes: "local", or corosync by its transport."""
     with ExitStack() as stack:
         made = local_nodes() if engine == "local" else corosync_nodes(engine)
