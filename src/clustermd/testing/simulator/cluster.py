@@ -49,7 +49,7 @@ class SimCluster:
         self.group: SimGroup | None = None
         self.totem: Totem | None = None
         if plan.durable:
-            self.group = SimGroup(loop, dice, plan.nodes, durable=True)
+            self.group = SimGroup(loop, dice)
             self.group.on_lost = lambda: loop.later(0.0, self.watch_lost)
         else:
             self.totem = Totem(loop, dice, plan.nodes, two_node=plan.two_node, wait_for_all=plan.wait_for_all)

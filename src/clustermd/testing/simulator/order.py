@@ -1,21 +1,17 @@
-"""The simulated process group: one order, views, partitions, and proofs of ends (`group/process_group.py`).
+"""The simulated process group of nodes on one machine: one durable order, views, and proofs of ends (as `local`).
 
-A `Component` is a set of members that hear each other; normally there is one. Messages wait to be ordered, are
-ordered by their component, and reach each member after a delay of its own, in order. So a member may die, be cut off or
-be paused between any two messages. Two manners of real groups are played:
+Messages wait to be ordered, and reach each member after a delay of its own, in order. So a member may die or be paused
+between any two messages. What is ordered survives whoever ordered it, and is stable when delivered. While what orders
+is gone (`freeze`) nobody may act. A member that is gone without goodbye is lost, and told of as lost again in each view
+in which somebody joins, until `fence` says that it has ended and its I/O has drained.
 
-- **durable** (as `local`): what is ordered survives whoever ordered it, and is stable when delivered.
-- **agreed** (as corosync): what only members that are gone have heard is lost to the others; a message is stable once
-  members with a majority of all votes have heard it. A member that is cut off may have heard what nobody else hears.
-
-A view that has no majority is not quorate. A member that is gone without goodbye is lost, and told of as lost again in
-each view in which somebody joins, until `fence` says that it has ended and its I/O has drained.
+Where nodes are machines that meet by corosync, the group is the real one over a model of corosync (`totem`, `agreed`).
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from clustermd.group.process_group import Busy, GroupEvents, Left, Member, View, Witness
@@ -27,13 +23,8 @@ MAX_PAYLOAD_BYTES = 60_000
 BUSY_AT = 200
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """Something a member will be told: message `index` of `component`, or (0) a view, a proof, a stable place."""
-
-    deliver: Callable[[Port], None]
-    component: Component | None = None
-    index: int = 0
+Entry = Callable[["Port"], None]
+"""Something a member will be told."""
 
 
 class Port:
@@ -48,11 +39,8 @@ class Port:
         self.component: Component | None = None
         self.inbox: deque[Entry] = deque()
         self.outgoing: deque[bytes] = deque()
-        self.heard = 0
-        self.told_stable = 0
         self.slow_s = 0.0
         self.unfenced: set[Member] = set()  # whom it was told are lost, and not that they are proved dead
-        self.stateful: Callable[[], bool] = lambda: True  # whether it kept what former views agreed on
         self._delivering = False
         self._accepting = False
 
@@ -108,7 +96,7 @@ class Port:
         for _ in range(1 + self.group.draw.below(len(self.inbox)) if self.inbox else 0):
             if not self.inbox or not self.process.alive:
                 return
-            self.inbox.popleft().deliver(self)
+            self.inbox.popleft()(self)
         self.deliver_soon()
 
     def tell(self, entry: Entry) -> None:
@@ -118,15 +106,13 @@ class Port:
 
 @dataclass(eq=False)
 class Component:
-    """Members that hear each other. `log` holds the messages of this ring: (sender, payload), index from 1."""
+    """The members. `log` holds the messages of this ring: (sender, payload), index from 1."""
 
     group: SimGroup
     ring: tuple[int, int]
     ports: list[Port]
     quorate: bool
     log: list[tuple[Member, bytes]] = field(default_factory=list)
-    heard: dict[int, int] = field(default_factory=dict)
-    stable: int = 0
 
     def order(self, sender: Member, payload: bytes) -> None:
         self.log.append((sender, payload))
@@ -138,62 +124,28 @@ class Component:
         sender, payload = self.log[index - 1]
 
         def deliver(port: Port) -> None:
-            if port.component is self:
-                port.heard = index
             assert port.events is not None
             port.events.on_message(index, sender, payload)
-            self._heard(port, index)
-
-        return Entry(deliver, self, index)
-
-    def _heard(self, port: Port, index: int) -> None:
-        if self.group.durable:
-            assert port.events is not None
-            port.events.on_stable(index)
-            return
-        if not port.stateful():
-            return  # whoever has no state keeps nothing for others (dlm.md 6.8, trap 7)
-        self.heard[port.me.node] = index
-        by_all = sorted(self.heard.values(), reverse=True)
-        if len(by_all) < self.group.majority:
-            return
-        stable = by_all[self.group.majority - 1]
-        if stable > self.stable:
-            self.stable = stable
-            for other in self.ports:
-                other.tell(_stable(stable, self))
-
-
-def _stable(index: int, component: Component) -> Entry:
-    def deliver(port: Port) -> None:
-        if port.component is component and index > port.told_stable and port.heard >= index:
-            port.told_stable = index
-            assert port.events is not None
             port.events.on_stable(index)
 
-    return Entry(deliver)
+        return deliver
 
 
 class SimGroup:
-    """The group of a cluster with `votes` nodes."""
+    """The group of a cluster."""
 
-    def __init__(self, loop: SimLoop, dice: Dice, votes: int, *, durable: bool) -> None:
+    def __init__(self, loop: SimLoop, dice: Dice) -> None:
         self.loop = loop
-        self.durable = durable
-        self.majority = votes // 2 + 1
         self.draw = dice.stream("order")
         self.components: list[Component] = []
         self.joining: list[Port] = []
         self.lost: dict[Member, str] = {}  # lost members, with the proof once there is one
         self.on_lost: Callable[[], None] = lambda: None  # somebody may be lost whose end must be proved
-        # the state of a port belongs to no history that goes on
-        self.on_state_lost: Callable[[Port], None] = lambda port: None
         self.frozen = False
         self._proofs: dict[Member, str] = {}
         self.unproved: set[Member] = set()  # whoever was in a quorate view and may still act
         self._goodbyes: dict[Member, Left] = {}
         self._ring = 0
-        self._cut_off: set[int] = set()  # node numbers that do not hear the others
 
     def delay_s(self) -> float:
         return DELAYS_S[self.draw.below(len(DELAYS_S))]
@@ -246,11 +198,6 @@ class SimGroup:
             self.lost[member] = self._proofs[member] = proof
             for component in self.components:
                 self._say_fenced(component, member)
-            if any(
-                _votes(component.ports) >= self.majority and not component.quorate
-                for component in self.components
-            ):
-                self.reconfigure()
 
     def _say_fenced(self, component: Component, member: Member) -> None:
         """All of this view must hear it, else it is said again in the next one."""
@@ -269,18 +216,9 @@ class SimGroup:
                 self.unproved.discard(member)
 
         for port in component.ports:
-            port.tell(Entry(deliver))
+            port.tell(deliver)
 
-    # --- partitions ---------------------------------------------------------------------------------------
-
-    def partition(self, cut_off: Iterable[int]) -> None:
-        """From now on these nodes and the others do not hear each other."""
-        self._cut_off = set(cut_off)
-        self.reconfigure()
-
-    def heal(self) -> None:
-        self._cut_off = set()
-        self.reconfigure()
+    # --- the sequencer --------------------------------------------------------------------------------------
 
     def freeze(self) -> None:
         """What orders the messages is gone: nobody may act until `thaw`."""
@@ -290,7 +228,6 @@ class SimGroup:
             component.quorate = False
             members = tuple(port.me for port in component.ports)
             for port in component.ports:
-                self._close(port, component)
                 port.tell(_view(View((self._ring, 0), members, (), (), False)))
 
     def thaw(self) -> None:
@@ -299,45 +236,22 @@ class SimGroup:
             self.frozen = False
             self.reconfigure()
 
-    def _close(self, port: Port, component: Component) -> None:
-        """What `port` still hears of `component`: the part of its log that somebody on its side has heard."""
-        if self.durable:
-            return  # everything ordered stays in its inbox
-        cut = max(
-            (other.heard for other in component.ports if self._side(other) == self._side(port)), default=0
-        )
-        port.inbox = deque(
-            entry for entry in port.inbox if entry.component is not component or entry.index <= cut
-        )
-
-    def _side(self, port: Port) -> bool:
-        return port.me.node in self._cut_off
-
     def reconfigure(self, left: dict[Member, Left] | None = None) -> None:
-        """New views: one component on each side of a partition, or one for all."""
+        """A new view."""
         self._goodbyes |= left or {}
         if self.frozen:
             return
         left, self._goodbyes = self._goodbyes, {}
-        for port in [port for port in self.ports() if port.me in self._proofs]:
-            # It was fenced, and lives on: it comes back with a new incarnation or not at all.
-            self._drop(port)
-            if port.process.alive:
-                self.on_state_lost(port)
         before = {port: component for component in self.components for port in component.ports}
-        for port, component in before.items():
-            self._close(port, component)
         arriving, self.joining = self.joining, []
         for port in arriving:
             port.inbox.clear()
         everybody = sorted([*before, *arriving], key=lambda port: port.me)
-        sides = {self._side(port) for port in everybody}
-        components = []
         quorate_before = {port for port, component in before.items() if component.quorate}
-        for side in sorted(sides):
-            ports = [port for port in everybody if self._side(port) == side]
+        components: list[Component] = []
+        if everybody:
             self._ring += 1
-            components.append(self._begin(ports, side, left, quorate_before, len(sides) > 1))
+            components.append(self._begin(everybody, left, quorate_before))
         self.components = components
         for component in components:
             # also what some of its members were cut off from when it was said
@@ -352,62 +266,26 @@ class SimGroup:
             port.accept_soon()
         self.on_lost()
 
-    def _begin(
-        self,
-        ports: list[Port],
-        side: bool,
-        left: dict[Member, Left],
-        quorate_before: set[Port],
-        divided: bool,
-    ) -> Component:
-        quorate = _votes(ports) >= self.majority or (self.durable and not divided)
+    def _begin(self, ports: list[Port], left: dict[Member, Left], quorate_before: set[Port]) -> Component:
         members = tuple(port.me for port in ports)
-        if quorate:
-            # whoever ever acted in a quorate view and neither left nor is proved dead may act still
-            for member in sorted(self.unproved):
-                if member not in members:
-                    self.lost.setdefault(member, "")
-            for member in members:
-                self.lost.pop(member, None)
-            quorate = self.durable or self._may_act(ports, divided)
-        if quorate:
-            self.unproved.update(members)
-        component = Component(self, (self._ring, 1 + int(side)), ports, quorate)
-        # a minority cannot know who is lost, and nothing that it is told counts
-        lost = self.lost if quorate else ()
-        gone = dict(left) | {member: Left.LOST for member in lost if member not in members}
+        # whoever was ever a member and neither left nor is proved dead may act still
+        for member in sorted(self.unproved):
+            if member not in members:
+                self.lost.setdefault(member, "")
+        for member in members:
+            self.lost.pop(member, None)
+        self.unproved.update(members)
+        component = Component(self, (self._ring, 1), ports, True)
+        gone = dict(left) | {member: Left.LOST for member in self.lost if member not in members}
         joined = tuple(port.me for port in ports if port not in quorate_before)
         view = View(
-            component.ring, members, joined, tuple(sorted(gone.items(), key=lambda item: item[0])), quorate
+            component.ring, members, joined, tuple(sorted(gone.items(), key=lambda item: item[0])), True
         )
         for port in ports:
             port.component = component
-            port.heard = port.told_stable = 0
             port.unfenced.update(member for member, reason in gone.items() if reason is Left.LOST)
             port.tell(_view(view))
         return component
-
-    def _may_act(self, ports: list[Port], divided: bool) -> bool:
-        """A majority acts only if it surely knows all that any majority did before it (dlm.md 6.6).
-
-        It does if a majority of votes kept their state. If nobody has a state a new history begins, as soon as all
-        who are absent are proved dead. A remainder that is no majority waits for those that do not hear it; when
-        there are none, what the majority knew is lost, and the remainder must start anew as well.
-        """
-        stateful = [port for port in ports if port.stateful()]
-        if _votes(stateful) >= self.majority:
-            return True
-        if not stateful:
-            return not divided and all(self.lost.values())
-        if not divided:
-            for port in stateful:
-                self.on_state_lost(port)
-        return False
-
-
-def _votes(ports: list[Port]) -> int:
-    """One a node, also while a former incarnation of it is not missed yet."""
-    return len({port.me.node for port in ports})
 
 
 def _view(view: View) -> Entry:
@@ -415,4 +293,4 @@ def _view(view: View) -> Entry:
         assert port.events is not None
         port.events.on_view(view)
 
-    return Entry(deliver)
+    return deliver
