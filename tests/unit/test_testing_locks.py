@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 
-from clustermd.dlm import deadlock, replica, resource
+from clustermd.dlm import deadlock, replica, resource, snapshot
 from clustermd.dlm.deadlock import Waits
 from clustermd.dlm.effects import Bast
 from clustermd.dlm.engine import Engine
+from clustermd.dlm.machine import Machine
 from clustermd.dlm.modes import ECANCEL, EUNLOCK, Flag, Mode, StatusFlag
 from clustermd.dlm.orphans import Orphans
 from clustermd.dlm.replica import Replica
@@ -28,8 +29,10 @@ from clustermd.dlm.resource import Lock, Resource
 from clustermd.dlm.shown import AT_ONCE, Shown
 from clustermd.dlm.space import SeatState, Space
 from clustermd.errors import BadBytes
+from clustermd.group.process_group import Member
 from clustermd.testing.locks import order
 from clustermd.testing.locks.invariants import Checker
+from clustermd.testing.locks.order import MemoryGroup
 from clustermd.testing.locks.replicas import Cluster
 from clustermd.testing.locks.rules import RULES, LockRuleBroken
 from clustermd.testing.locks.storm import replay, run, shrink
@@ -459,6 +462,51 @@ def the_last_word_to_a_client_is_lost(patch: Patch) -> None:
             self._clients[number].queue.append((1 << 61, frame))  # it waits for a message that never comes
 
     patch.setattr(Shown, "put", put)
+
+
+@plants("purged-unproved")
+def who_is_lost_is_taken_for_dead(patch: Patch) -> None:
+    really = Machine._install
+
+    def install(self: Machine, *args: Any) -> None:
+        really(self, *args)
+        for node, incarnation in [key for key, state in self.nodes.items() if state.lost]:
+            self._fenced(node, incarnation)
+
+    patch.setattr(Machine, "_install", install)
+
+
+@plants("snapshot-differs")
+def a_snapshot_forgets_who_was_asked_to_let_go(patch: Patch) -> None:
+    really = snapshot._load_lock
+
+    def load(wire: list[Any]) -> Lock:
+        lock = really(wire)
+        lock.highbast = 0
+        return lock
+
+    patch.setattr(snapshot, "_load_lock", load)
+
+
+@plants("applied-twice")
+def whatever_comes_is_done(patch: Patch) -> None:
+    really, turns = MemoryGroup.accept, itertools.count(1)
+
+    def accept(self: MemoryGroup, member: Member) -> bool:
+        sent = self.ports[member].sent
+        if sent and next(turns) % 3 == 0:
+            sent.insert(0, sent[0])
+        return really(self, member)
+
+    def ops(self: Machine, node: int, incarnation: int, first: int, ops: list[Any]) -> None:
+        state = self.nodes[node, incarnation]
+        for number, op in enumerate(ops, first):
+            if number <= state.last_op + 1:
+                state.last_op = max(state.last_op, number)
+                self._op(state, (node, incarnation, op[0]), op[1:])
+
+    patch.setattr(MemoryGroup, "accept", accept)
+    patch.setattr(Machine, "_ops", ops)
 
 
 @plants("recovery-order")

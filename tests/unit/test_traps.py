@@ -165,8 +165,8 @@ def test_a_node_that_is_up_again_is_not_merged_into_a_history_that_went_on_witho
 def _fencing_counts_before_it_succeeds(patch: Patch) -> None:
     really = Fencing.view
 
-    def view(self: Fencing, lost: list[Life], *rest: Any) -> None:
-        really(self, lost, *rest)
+    def view(self: Fencing, lost: list[Life], *rest: Any, **more: Any) -> None:
+        really(self, lost, *rest, **more)
         self._proofs.update((life.key, "it will surely be fenced") for life in lost)
 
     patch.setattr(Fencing, "view", view)
@@ -654,7 +654,7 @@ def _zombies_are_asked(patch: Patch) -> None:
 
 @trap(_zombies_are_asked)
 def test_nobody_asks_a_zombie_to_let_go_and_a_holder_is_asked_once_for_each_grant_trap_25() -> None:
-    engine, lock = _two_in_a_lockspace()
+    engine, _ = _two_in_a_lockspace()
     engine.request(B, 3, SPACE, b"token", Mode.PR, 0, True)
     assert _sessions(engine.take_effects(), Bast) == [A]
     engine.request(B, 4, SPACE, b"token", Mode.PR, 0, True)
@@ -801,7 +801,7 @@ def _no_bound(patch: Patch) -> None:
 
 @trap(_no_bound)
 def test_what_waits_to_be_ordered_is_bounded_and_the_refusal_says_so_trap_39() -> None:
-    ring, (one, two, three) = lockds(3)
+    ring, (one, *_) = lockds(3)
     a, other = Program(one), Program(one)
     held = a.ask(Mode.EX)
     ring.run()
@@ -844,7 +844,7 @@ def _texts_of_any_length(patch: Patch) -> None:
 
 @trap(_texts_of_any_length)
 def test_no_message_is_larger_than_what_is_carried_in_one_piece_trap_40() -> None:
-    ring, (one, two, _) = lockds(3)
+    ring, (one, two, three) = lockds(3)
     a = Program(one)
     group = one.node.group
     with pytest.raises(Refused, match="carries"):
@@ -859,6 +859,7 @@ def test_no_message_is_larger_than_what_is_carried_in_one_piece_trap_40() -> Non
         ring.run()
     assert all(map(a.has, got)), "nothing that a person wrote stops the others"
     assert len(Machine.dump(one.replica._machine)) > 2 * agreed.MAX_PAYLOAD_BYTES
+    ring.end(three.node)
     again = start(ring, 3, 2)
     assert again.installed and max(sizes) <= agreed.MAX_PAYLOAD_BYTES + 64
     assert holders(two, "resource7") == [("node1", "PR", False)]

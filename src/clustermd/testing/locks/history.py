@@ -16,7 +16,7 @@ from typing import Any
 from clustermd.dlm.effects import Effect, SessionKey
 from clustermd.dlm.machine import Machine, chain_after
 from clustermd.dlm.wire import Frame, effect_frame
-from clustermd.testing.locks.invariants import Checker
+from clustermd.testing.locks.invariants import Checker, Ends
 from clustermd.testing.locks.rules import LockRuleBroken
 
 
@@ -32,17 +32,31 @@ class Entry:
 
 @dataclass
 class History:
-    """Entries from 1. `undo` keeps what `roll_back` needs."""
+    """Entries from 1. `undo` keeps what `roll_back` needs; `ended` is what really became of nodes."""
 
     undo: bool = False
     entries: list[Entry] = field(default_factory=list)
     frames: dict[SessionKey, list[Frame]] = field(default_factory=dict)
     checker: Checker = field(default_factory=Checker)
+    ended: Ends = field(default_factory=Ends)
+
+    def __post_init__(self) -> None:
+        self.checker.ended = self.ended
 
     def clear(self) -> None:
         """Nobody is left who knows it: another one begins."""
         self.entries.clear()
         self.checker = Checker()
+        self.checker.ended = self.ended
+
+    def loaded(self, who: str, machine: Machine) -> None:
+        """A replica has taken a snapshot: it must be the state after so many entries (I28). Raises LockRuleBroken."""
+        known = self.entries[machine.applied - 1] if 0 < machine.applied <= len(self.entries) else None
+        if known is not None and known.chain == machine.chain and known.digest != machine.digest():
+            raise LockRuleBroken(
+                "snapshot-differs",
+                f"{who} took a snapshot that is not the state after {machine.applied} entries",
+            )
 
     def apply(self, who: str, machine: Machine, really: Callable[[bytes], list[Effect]], entry: bytes) -> Any:
         """Let a replica apply an entry, and judge it. Returns its effects. Raises LockRuleBroken."""

@@ -15,6 +15,7 @@ It raises `LockRuleBroken`, out of the call that broke the rule.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from clustermd.dlm.effects import Answer, Bast, Cast, Effect, RecoverDone, RecoverPrep, RecoverSlot
@@ -35,8 +36,19 @@ INPUTS = (
 )  # fmt: skip
 
 
+@dataclass(slots=True)
+class Ends:
+    """What really became of nodes' lives, (node, incarnation): proved dead, or gone with a goodbye."""
+
+    proved: set[tuple[int, int]] = field(default_factory=set)
+    left: set[tuple[int, int]] = field(default_factory=set)
+
+
 class Checker:
-    """The rules, over one engine after the other if they share a history. `watch` before the first input."""
+    """The rules, over one engine after the other if they share a history. `watch` before the first input.
+
+    `ended`, if it is known, says which nodes' locks may be taken away.
+    """
 
     def __init__(self, engine: Engine | None = None) -> None:
         self.ledger = Ledger()
@@ -44,6 +56,7 @@ class Checker:
         self.callbacks = Callbacks(self.ledger)
         self.membership = Membership(self.ledger)
         self.told: list[Effect] = []
+        self.ended: Ends | None = None
         if engine is not None:
             self.watch(engine)
 
@@ -54,6 +67,7 @@ class Checker:
         twin.values = self.values.clone(twin.ledger)
         twin.callbacks = Callbacks(twin.ledger)
         twin.membership = self.membership.clone(twin.ledger)
+        twin.ended = self.ended
         return twin
 
     def watch(self, engine: Engine) -> None:
@@ -94,6 +108,7 @@ class Checker:
 
     def _judge(self, engine: Engine, call: Input) -> None:
         ledger = self.ledger
+        self._may_purge(call)
         ledger.seeking = {name for name, space in engine.spaces.items() if space.waits is not None}
         looked_at = self._looked_at(call)
         self.values.given(call)
@@ -122,6 +137,15 @@ class Checker:
         self._vanished(engine, call)
         self._state(engine, call)
         self.membership.after(call, engine)
+
+    def _may_purge(self, call: Input) -> None:
+        """A node's locks go when its end is proved, or with its goodbye (I7)."""
+        if self.ended is None or not (call.node_died or call.node_left):
+            return
+        may = self.ended.proved if call.node_died else self.ended.left
+        for key in sorted(call.keys):
+            if key[:2] not in may:
+                raise LockRuleBroken("purged-unproved", f"{call.word} of {key}, whose node may live")
 
     def _looked_at(self, call: Input) -> set[ResourceKey]:
         """The resources whose queues are looked at because locks are taken away (dlm.md 1.5, 6.4)."""

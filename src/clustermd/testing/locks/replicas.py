@@ -6,6 +6,8 @@ Checked after every step, whatever a test does (dlm.md 6.9):
     I2, I9       what clients were shown and have not given back excludes nothing that another was shown; slots too
     I5           what gives more rights is shown when its message is stable
     I4, I8       nothing is applied between a view and its install point; epochs are new
+    I7, I28      only a proof or a goodbye takes a node's locks away; a snapshot is the state of its place
+    I30          no operation of a client is done twice
     I17, I18     each client is shown exactly what the history has for it, in that order, and nothing after its end
 
 and by `check_quiet` and `check_empty`, when everything is delivered: no operation was lost (I24), nothing is
@@ -17,11 +19,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from clustermd.dlm.effects import Cast, Effect, RecoverDone, RecoverSlot
+from clustermd.dlm.effects import Cast, Effect, RecoverDone, RecoverSlot, SessionKey
 from clustermd.dlm.engine import Engine
-from clustermd.dlm.machine import Machine
+from clustermd.dlm.machine import Machine, NodeState
 from clustermd.dlm.replica import Replica
-from clustermd.dlm.wire import Frame, unpack
+from clustermd.dlm.wire import CLIENT_FRAMES, Frame, unpack
 from clustermd.group.process_group import Left, Member, View
 from clustermd.testing.locks.client import LOCAL_REFUSALS, Client
 from clustermd.testing.locks.history import History
@@ -54,7 +56,12 @@ class Node:
         self.replica.attach(port)
         port.events = self
         self._really_apply = self.machine.apply
+        self._really_load = self.machine.load_sealed
+        self._really_do = self.machine._op
+        self._did: dict[SessionKey, int] = {}
         self.machine.apply = self._apply  # type: ignore[method-assign]  # every entry is judged
+        self.machine.load_sealed = self._load  # type: ignore[method-assign]
+        self.machine._op = self._do  # type: ignore[method-assign]
 
     @property
     def machine(self) -> Machine:
@@ -70,6 +77,20 @@ class Node:
                 rises = rises or (isinstance(effect, Cast) and effect.rising)
                 self.clients[effect.session[2]].caused.append(self._index if rises else 0)
         return effects
+
+    def _load(self, data: bytes) -> None:
+        self._really_load(data)
+        self._did.clear()
+        if self.cluster.judged and not self.separated:
+            self.cluster.history.loaded(self.member.name, self.machine)
+
+    def _do(self, node: NodeState, key: SessionKey, frame: Frame) -> None:
+        """One operation of somebody's client; each numbers its own from 1."""
+        if frame[0] in CLIENT_FRAMES:
+            if frame[1] <= self._did.get(key, 0):
+                raise LockRuleBroken("applied-twice", f"{self.member.name} does {frame} of {key} again")
+            self._did[key] = frame[1]
+        self._really_do(node, key, frame)
 
     def _traced(self, name: str, fields: dict[str, Any]) -> None:
         if name in ("dlm.start", "dlm.freeze"):
@@ -201,6 +222,8 @@ class Cluster:
         self.gone.append(node)
         for client in node.clients.values():
             client.lost = True
+        if reason is Left.LEFT:
+            self.history.ended.left.add((node.member.node, node.member.incarnation))
         self.group.lose(node.member, reason, quorate=self.quorate)
 
     def cut(self, node: Node, own: int = 0) -> None:
@@ -224,6 +247,7 @@ class Cluster:
             client.lost = True
             client.release()
         (self.apart if node in self.apart else self.gone).remove(node)
+        self.history.ended.proved.add((node.member.node, node.member.incarnation))
         self.group.fence(node.member)
 
     # ---- what must hold
