@@ -143,15 +143,16 @@ class SessionLock:
         if self.dead:
             raise refused(EUNLOCK, what)
         self.dead = True
-        future = self._start_unlock(flags)
-        await asyncio.wait((future,))
-        outcome = future.result()
+        outcome = await asyncio.shield(self._start_unlock(flags))
         if outcome != EUNLOCK:
             self._session.raise_unless_granted(outcome, what)
 
     async def within(self, future: asyncio.Future[Outcome], timeout_s: float | None) -> None:
         """Wait for an operation of this lock; after `timeout_s` of loop time it is cancelled, and waited for."""
-        await asyncio.wait((future,), timeout=None if timeout_s is None else max(timeout_s, 0.0))
+        if timeout_s is None:
+            await asyncio.shield(future)
+            return
+        await asyncio.wait((future,), timeout=max(timeout_s, 0.0))
         if future.done():
             return
         if self.id:
