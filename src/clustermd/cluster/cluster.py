@@ -60,6 +60,8 @@ class Cluster:
         elif (error := leaving.exception()) is not None:
             life.log.warning("left without goodbye: %s", error)
         await self._end_life()
+        # without quorum a lock is never given back, and nobody answers any more
+        leaving.cancel()
         await asyncio.gather(leaving, return_exceptions=True)
 
     async def abandon(self) -> None:
