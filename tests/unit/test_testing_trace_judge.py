@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from trace_story import Story
 
+from clustermd.dlm.wire import pack
 from clustermd.testing.trace.events import Event, Layer
 from clustermd.testing.trace.judge import Judge, all_rules
 from clustermd.testing.trace.lives import Lives
@@ -195,6 +196,64 @@ def _(s: Story, bad: bool) -> None:
     s.say("one", "write.member", lo=0, hi=8, member=0, result=4096, left=1)
 
 
+def _views(s: Story, *nodes: str, majority: int = 2) -> Story:
+    """All lock daemons are in one quorate view."""
+    for node in nodes:
+        members = list(range(1, len(nodes) + 1))
+        s.say(node, "group.view", ring=(1, 4, 1), members=members, majority=majority, quorate=True)
+    return s
+
+
+def _applies(s: Story, node: str, number: int, chain: bytes) -> Story:
+    return s.say(node, "dlm.apply", applied=number, chain=chain, entry=FENCED)
+
+
+FENCED = pack(["fenced", 3, 1, "off"])
+"""An entry that nobody asked for."""
+
+
+@story("shown-before-majority", Layer.LOCK_MANAGER)
+def _(s: Story, bad: bool) -> None:
+    _views(s, "one", "two", "three")
+    _applies(s, "one", 1, b"a")
+    if not bad:
+        _applies(s, "three", 1, b"a")
+    s.say("one", "dlm.stable", applied=1, chain=b"a")
+
+
+@story("shown-history-forks", Layer.LOCK_MANAGER)
+def _(s: Story, bad: bool) -> None:
+    for node in ("one", "two"):
+        _applies(s, node, 1, b"a")
+    s.say("one", "dlm.stable", applied=1, chain=b"a")
+    for node in ("three", "four"):
+        _applies(s, node, 1, b"b" if bad else b"a")
+    s.say("three", "dlm.stable", applied=1, chain=b"b" if bad else b"a")
+
+
+@story("applied-outside-view", Layer.LOCK_MANAGER)
+def _(s: Story, bad: bool) -> None:
+    _applies(_views(s, "one", "two"), "one", 1, b"a")
+    s.say("one", "group.frozen", reason="no quorum")
+    if not bad:
+        _views(s, "one", "two")
+    _applies(s, "one", 2, b"b")
+
+
+@story("two-fencers", Layer.LOCK_MANAGER)
+def _(s: Story, bad: bool) -> None:
+    _views(s, "one", "two").say("one", "group.fencing", node=3)
+    if not bad:
+        s.say("one", "group.fencing_over", node=3, how="failed")
+    s.say("two", "group.fencing", node=3)
+
+
+def test_two_sides_that_fence_the_same_node_know_nothing_of_each_other() -> None:
+    s = _views(Story(), "one", "two").say("one", "group.fencing", node=3)
+    s.say("two", "group.view", ring=(2, 8, 2), members=[2], majority=1, quorate=True)
+    assert s.say("two", "group.fencing", node=3).rules() == []
+
+
 def test_every_rule_has_a_story() -> None:
     assert {rule.rule for rule in all_rules(Lives())} == set(STORIES)
 
@@ -228,7 +287,7 @@ def test_a_new_process_of_a_node_does_not_prove_that_the_old_one_lived_on() -> N
 
 def test_what_the_lock_daemon_does_does_not_prove_that_its_array_process_lives() -> None:
     s = Story().pair().granted("one", "token", "EX").granted("two", "token", "EX")
-    assert s.say("one", "dlm.apply", applied=1, entry="x").rules() == []
+    assert s.say("one", "dlm.apply", applied=1, chain=b"", entry=FENCED).rules() == []
     assert s.lives_on("one").rules() == ["incompatible-grant"]
 
 

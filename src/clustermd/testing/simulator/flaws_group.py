@@ -15,6 +15,7 @@ from clustermd.dlm.install import Install, plan_install
 from clustermd.dlm.replica import Replica
 from clustermd.group.agreed import group as group_module
 from clustermd.group.agreed.change import Change, Configured, work_out
+from clustermd.group.agreed.fencing import Fencing
 from clustermd.group.agreed.group import AgreedGroup
 from clustermd.group.agreed.hello import Hello, Key, Peer
 from clustermd.group.agreed.stability import Stability
@@ -79,6 +80,11 @@ def _votes_prove_enough(view: View, *what: Any) -> Install | str:
     return _plan_install(replace(view, majority=0), *what)
 
 
+def _everybody_acts(self: Fencing, node: int) -> int | None:
+    """Whoever sees the loss fences."""
+    return self._me if self._nodes and self._of(node) else None
+
+
 def _unseen(*_: Any) -> bool:
     return True
 
@@ -119,5 +125,6 @@ FLAWS = (
         (SimCluster, "landed", _unseen),
     ),
     flaw("trap 12", "purges who is lost", (group_module, "work_out", _gone_is_dead)),
+    flaw("dlm I29", "all members of a view fence at the same time", (Fencing, "_actor", _everybody_acts)),
     flaw("trap 32", "does not wait for a lost node's lease", (fencer_module, "harmless_at_s", _unwaited)),
 )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from clustermd.testing.trace import array_rules, cluster_rules, group_rules, window_rules
+from clustermd.testing.trace import array_rules, cluster_rules, fence_rules, group_rules, window_rules
 from clustermd.testing.trace.events import Event, Rule, Violation
 from clustermd.testing.trace.lives import Lives
 from clustermd.testing.trace.lock_rules import IncompatibleGrant, StaleValueBlock, TakenForDeadEarly
@@ -30,6 +30,7 @@ def all_rules(lives: Lives) -> list[Rule]:
         StaleValueBlock,
         TakenForDeadEarly,
         *group_rules.RULES,
+        *fence_rules.RULES,
         *cluster_rules.RULES,
         *window_rules.RULES,
         *array_rules.RULES,
