@@ -202,6 +202,9 @@ class ArrayCluster:
     def start(self, *numbers: int) -> None:
         """corosync and lockd on those machines (all, if none is named)."""
         self.machines.start(*numbers)
+        self.start_lockds(*numbers)
+
+    def start_lockds(self, *numbers: int) -> None:
         for number in numbers or range(1, len(self.nodes) + 1):
             self[number].node.start_lockd()
 

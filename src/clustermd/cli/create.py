@@ -1,7 +1,8 @@
 """`-C`: make a new array of empty disks, and start it.
 
 Nothing is written before everything was checked on all devices: that they are there, large enough, given
-once, used by nobody, and empty, or that the person (or --run) agrees to lose what is on them. Then old
+once, used by nobody, and empty, or that the person (or --run) agrees to lose what is on them; and, with corosync, that
+this node takes part in its cluster. Then old
 superblocks are wiped, bitmaps are written, and superblocks last, each step durable on all devices before the
 next: what a crash leaves is not assembled, because a member lacks its superblock, or is complete. Every
 device stays claimed from the check until the end, so two -C cannot take the same disk.
@@ -9,6 +10,7 @@ device stays claimed from the check until the end, so two -C cannot take the sam
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import sys
@@ -20,13 +22,16 @@ from clustermd.cli.contents import contents, old_superblock_at
 from clustermd.cli.detail import array_json
 from clustermd.cli.output import say, show_json
 from clustermd.cli.start import start
+from clustermd.conf import Conf
 from clustermd.device.direct import DirectDevice, open_member
 from clustermd.device.in_use import in_use_by_kernel
 from clustermd.errors import DeviceRefused, Refused
+from clustermd.lockd.client import connect
 from clustermd.node.cluster_name import own_cluster_name
 from clustermd.node.config import ArrayConfig, array_name
 from clustermd.node.disk import SECTOR, Disk
 from clustermd.node.files import running_pid
+from clustermd.node.link import SAY_S
 from clustermd.ondisk.create import BitmapKind, CreatePlan, NewMember, plan_create
 from clustermd.ondisk.superblock import SUPERBLOCK_SECTORS, find_all
 from clustermd.rundir import RunDir
@@ -68,6 +73,8 @@ def create(command: Command) -> int:
         if warnings and not command.run and not confirm("Continue creating array? "):
             say("create aborted.")
             return 1
+        if command.bitmap == "clustered" and Conf.load().clustered:
+            asyncio.run(_take_part(rundir, name))
         _write(plan, present)
     config = ArrayConfig(
         name=name,
@@ -201,6 +208,23 @@ def _plan(command: Command, rundir: RunDir, name: str, disks: Sequence[Disk | No
 def set_name(name: str) -> str:
     """The name on disk: 3 for md3, else the array's name itself (mdadm(8), CREATE MODE)."""
     return name[2:] if name.startswith("md") and name[2:].isdigit() else name
+
+
+async def _take_part(rundir: RunDir, name: str) -> None:
+    """Have this node in its cluster before disks are written for it. Says what it waits for. Raises Refused."""
+    said = ""
+    while True:
+        try:
+            connection = await connect(rundir, f"create {name}", timeout_s=SAY_S)
+        except Refused as refusal:
+            if refusal.code != "group-not-ready":
+                raise
+            if refusal.message != said:
+                said = refusal.message
+                say(f"{name}: {said}")
+        else:
+            await connection.close()
+            return
 
 
 def _write(plan: CreatePlan, disks: Sequence[Disk]) -> None:
