@@ -10,7 +10,8 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from corosync_arrays import DETECTION_S, PATIENCE_S, TOKEN_MS, ArrayCluster, Machine, array_cluster
+from corosync_arrays import PATIENCE_S, ArrayCluster, Machine, array_cluster
+from corosync_kit import Options
 
 from clustermd.testing.exerciser import DISCONNECTED
 from clustermd.testing.waiting import wait_until
@@ -18,13 +19,15 @@ from clustermd.testing.waiting import wait_until
 pytestmark = pytest.mark.system
 
 LOAD = ("--rate", "400", "--depth", "8", "--hot-blocks", "512")
+TOKEN_MS = 1000
+DETECTION_S = 2.2 * TOKEN_MS / 1000
 SURVIVORS_WAIT_S = 2 * DETECTION_S + 1
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[ArrayCluster]:
     """Three machines with an array on each, for all tests of this file: each leaves it as it found it."""
-    with array_cluster(3, agent=True) as cluster:
+    with array_cluster(3, options=Options(token_ms=TOKEN_MS), agent=True) as cluster:
         yield cluster
 
 
