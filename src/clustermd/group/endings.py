@@ -87,4 +87,5 @@ class Endings:
                 "waiting": list(ending.waiting.values()),
             }
             for incarnation, ending in self.open.items()
+            if ending.proof is None
         ]
