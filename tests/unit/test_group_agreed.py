@@ -7,6 +7,7 @@ from medium_kit import Ring
 
 from clustermd.errors import Refused
 from clustermd.group.agreed.group import WINDOW
+from clustermd.group.agreed.hello import control, read_control
 from clustermd.group.process_group import Busy, Left
 
 
@@ -302,6 +303,103 @@ def test_a_member_whose_hello_does_not_come_is_shown_and_evicted() -> None:
     assert not one.evicted
     ring.tick(6)
     assert one.evicted == [3] and not two.evicted
+
+
+def test_a_newcomer_that_says_nothing_is_left_out_until_it_speaks() -> None:
+    ring = Ring(3)
+    one, two = ring.start(1, 2)
+    ring.run()
+    (three_,) = ring.start(3)
+    late = [message for message in ring.under_way if message[0] is three_]
+    ring.under_way = [message for message in ring.under_way if message[0] is not three_]
+    ring.tick(9)
+    assert one.group.status()["awaiting_hello"] == ["node3"] and one.group.frozen
+    ring.tick(3)
+    assert (
+        [member.node for member in one.view.members] == [member.node for member in two.view.members] == [1, 2]
+    )
+    assert not one.evicted and not two.evicted, "it was no member, so it holds nothing"
+    assert one.group.status()["strangers"] == ["process 301 on node3"] and not one.group.frozen
+    assert three_.group.frozen, "it has no part in a view that was begun without it"
+    one.group.multicast(b"x")
+    ring.run()
+    assert one.of("message") == two.of("message") == [(1, 1, b"x")] and not three_.of("message")
+    ring.under_way += late
+    ring.run()
+    for node in (one, two, three_):
+        assert [member.node for member in node.view.members] == [1, 2, 3] and not node.group.frozen
+        assert not node.group.status()["strangers"] and not node.expelled
+    three_.group.multicast(b"y")
+    ring.run()
+    assert [node.of("message")[-1] for node in (one, two, three_)] == [(1, 3, b"y")] * 3
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_stranger_on_a_member_s_node_is_left_out_and_the_member_stays(number: int) -> None:
+    ring, nodes = three()
+    (stranger,) = ring.start(number, incarnation=9)
+    ring.under_way = [message for message in ring.under_way if message[0] is not stranger]
+    ring.tick(9)
+    assert f"node{number} (process {stranger.pid})" in nodes[2].group.status()["awaiting_hello"]
+    ring.tick(3)
+    for node in nodes:
+        assert [member.incarnation for member in node.view.members] == [1, 1, 1] and not node.group.frozen
+        assert not node.evicted and not node.expelled
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        b"\x00",
+        b"\x00garbage",
+        control(["hello"]),
+        control(
+            ["hello", 1, [[float("inf"), 2]], [1, 1], True, 1, [2, 1, "x", ""], "", True, [], [], [], []]
+        ),
+        control(["without", [[1, 2, 3]], [7]]),
+        control(["without", [], [[1, 101]]]),
+        control(["fenced", [1, 1, 1], [3, 1], "believe me"]),
+        control(["leave"]),
+        b"\x01",
+        b"\x02" + bytes(40),
+        b"\xff" * 100,
+    ],
+)
+def test_what_a_stranger_says_changes_nothing(noise: bytes) -> None:
+    ring, nodes = three()
+    (stranger,) = ring.start(2, incarnation=9)
+    ring.under_way = [message for message in ring.under_way if message[0] is not stranger]
+    ring.under_way.append((stranger, noise))
+    ring.run()
+    ring.tick(12)
+    ring.under_way.append((stranger, noise))
+    nodes[0].group.multicast(b"x")
+    ring.run()
+    for node in nodes:
+        assert [member.node for member in node.view.members] == [1, 2, 3] and not node.expelled
+        assert node.of("message")[-1][2] == b"x" and not node.group.status()["lost"]
+
+
+def test_nobody_speaks_for_another_node() -> None:
+    ring, nodes = three()
+    (stranger,) = ring.start(2, incarnation=9)
+    (hello,) = [data for sender, data in ring.under_way if sender is stranger]
+    message = read_control(hello)
+    message[6] = [3, 9, "node3", "another boot"]
+    ring.under_way = [pair for pair in ring.under_way if pair[0] is not stranger]
+    ring.under_way.append((stranger, control(message)))
+    ring.tick(12)
+    assert not nodes[0].of("fenced"), "it would have proved the end of node 3's life"
+    assert [(member.node, member.incarnation) for member in nodes[0].view.members] == [(1, 1), (2, 1), (3, 1)]
+
+
+def test_a_node_takes_part_once() -> None:
+    ring, nodes = three()
+    (second,) = ring.start(2, incarnation=9)
+    ring.run()
+    assert "another lock daemon of node2 takes part already (process 201)" in second.expelled
+    assert not any(node.expelled for node in nodes)
+    assert [member.incarnation for member in nodes[0].view.members] == [1, 1, 1]
 
 
 def test_a_node_that_is_too_slow_for_its_cluster_leaves_by_itself() -> None:

@@ -16,7 +16,7 @@ former life of the cluster may still work there (dlm.md 6.6).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from clustermd.group.agreed.hello import Hello, Key, Life, Peer
@@ -62,6 +62,7 @@ def work_out(hellos: Mapping[Peer, Hello], configured: Iterable[Configured]) -> 
                 f"node {hello.life.member.node} is not in the cluster's configuration: add it to the nodelist of "
                 "corosync.conf on all nodes"
             )
+    expelled |= _second_of_its_node(hellos, expelled)
     accepted = {peer: hello for peer, hello in hellos.items() if hello.life.key not in expelled}
     present = {hello.life.key: hello.life for hello in accepted.values()}
     by_node = {life.member.node: life for life in present.values()}
@@ -133,3 +134,22 @@ def _other_configuration(hellos: Mapping[Peer, Hello], nodes: Mapping[int, Confi
         if config != right
         for key in keys
     }
+
+
+def _second_of_its_node(hellos: Mapping[Peer, Hello], expelled: Container[Key]) -> dict[Key, str]:
+    """Lives of a node that speak beside another one of it: each node takes part once, a member before a newcomer."""
+    members = {life.key for hello in hellos.values() for life in hello.last}
+    first: dict[int, Key] = {}
+    second: dict[Key, str] = {}
+    lives = {hello.life.key: (peer[1], hello.life.member.name) for peer, hello in hellos.items()}
+    for key in sorted(lives.keys(), key=lambda key: (key not in members, key)):
+        if key in expelled:
+            continue
+        if key[0] in first:
+            (pid, name) = lives[first[key[0]]]
+            second[key] = (
+                f"another lock daemon of {name} takes part already (process {pid}): end one of them; the two have "
+                "different run directories (CLUSTERMD_RUN)"
+            )
+        first.setdefault(key[0], key)
+    return second

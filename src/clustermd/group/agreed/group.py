@@ -8,6 +8,8 @@ neither durable nor safe, it serves minorities too, and its membership is of pro
 - A change of membership ends the view at once: nothing is delivered until the next one. Each member says `Hello`
   when it knows the ring and its quorum there; where the last hello of the change is delivered, the view
   begins for all (`change`). Messages carry the view in which they were sent, and count in no other.
+- A process that is in the medium's group and says nothing holds nothing: it is left out after a while. One on
+  the node of a member that says nothing is evicted, since that member may hold what others wait for.
 - Messages are told at their delivery, and are stable by the votes that have them (`stability`).
 - Who is gone without goodbye is lost until its end is proved (`fencing`); an end is told in the order.
 - A node without quorum hears a view that is not quorate at once, whatever the order does.
@@ -137,6 +139,7 @@ class AgreedGroup:
         self._quorum: tuple[bool, tuple[int, int]] = (False, (0, 0))
         self._said: tuple[Any, ...] = ()
         self._hellos: dict[Peer, Hello] = {}
+        self._strangers: set[Peer] = set()
         # the view
         self._tag: Tag | None = None
         self._members: dict[Peer, Member] = {}
@@ -215,6 +218,7 @@ class AgreedGroup:
         self._gone |= set(gone)
         self._gone -= set(come)
         self._hellos = {}
+        self._strangers = set()
         self._floor = 0
         self._said = ()
         self._owing = {}
@@ -307,12 +311,29 @@ class AgreedGroup:
                 return
         self._owing = {node: self._owing.get(node, 0.0) + elapsed_s for node in self._debtors()}
         self._settled = self._index
-        patient = [node for node, _ in self._peers if node not in self._owing]
+        if self._tag is None:
+            patient = [node for node, _ in self._hellos]
+        else:
+            patient = [node for node, _ in self._peers if node not in self._owing]
         for node, for_s in list(self._owing.items()):
             if for_s > self._unresponsive_s and patient and min(patient) == self.me.node:
-                self._trace.point("group.evicted", node=node)
                 self._owing[node] = 0.0
-                self._medium.evict(node)
+                self._send_away(node)
+
+    def _send_away(self, node: int) -> None:
+        """Somebody on `node` keeps the others waiting: what all can go on without is left out."""
+        members = {life.key[0] for hello in self._hellos.values() for life in hello.last}
+        if self._tag is None and (node not in members or any(node == other for other, _ in self._hellos)):
+            # there is one lockd on a node: where it has spoken, or was no member, the silent one holds nothing
+            silent = [list(peer) for peer in self._awaited() if peer[0] == node]
+            self._send(control(["without", [list(peer) for peer in self._peers], silent]))
+        elif node != self.me.node:
+            self._trace.point("group.evicted", node=node)
+            self._medium.evict(node)
+
+    def _awaited(self) -> list[Peer]:
+        """Whose hello is awaited."""
+        return [peer for peer in self._peers if peer not in self._hellos and peer not in self._strangers]
 
     def _debtors(self) -> set[int]:
         """Nodes that owe a hello or an acknowledgement."""
@@ -321,7 +342,7 @@ class AgreedGroup:
             return {node for node, _ in self._stability.behind(self._settled)} - {me}
         if not self._hellos:
             return set()
-        return {node for node, pid in self._peers if (node, pid) not in self._hellos} - {me}
+        return {node for node, pid in self._awaited() if (node, pid) != (me, self._pid)}
 
     # ---- fencing, from its shell and from people
 
@@ -389,11 +410,39 @@ class AgreedGroup:
         if peer not in self._peers:
             return
         hello = Hello.from_wire(wire)
+        if hello.life.member.node != peer[0]:
+            raise BadBytes("bad-hello", f"a process on node {peer[0]} says that it is {hello.life.member}")
         if hello.peers != self._peers:
             return  # it answers an older change
+        if peer in self._strangers:
+            # it is a lockd after all: all begin this change anew, as from here on all know that
+            self._strangers.discard(peer)
+            self._hellos = {}
+            self._said = ()
+            self._pause("the membership is changing")
+            self._greet()
+            return
         self._hellos[peer] = hello
+        self._meet()
+
+    def _on_without(self, peer: Peer, peers: list[Any], silent: list[Any]) -> None:
+        """In the order: the change goes on without processes that have said nothing up to here."""
+        try:
+            of = tuple((int(node), int(pid)) for node, pid in peers)
+            strangers = {(int(node), int(pid)) for node, pid in silent}
+        except (ValueError, TypeError, OverflowError):
+            raise BadBytes("bad-message", "a word about strangers names no processes") from None
+        if of != self._peers or peer not in self._hellos:
+            return
+        self._strangers |= strangers & set(self._awaited())
+        for node, pid in sorted(self._strangers):
+            self._trace.point("group.stranger", node=node, pid=pid)
+        self._meet()
+
+    def _meet(self) -> None:
+        """Begin the view if all have said hello, in one ring."""
         rings = {said.ring for said in self._hellos.values()}
-        if len(self._hellos) < len(self._peers) or len(rings) > 1:
+        if self._awaited() or len(rings) != 1 or (self.me.node, self._pid) not in self._hellos:
             return
         # only of what all know alike: members that come from different sides had different views
         number = 1 + max(*(said.number for said in self._hellos.values()), self._floor)
@@ -467,7 +516,9 @@ class AgreedGroup:
             self._fencing.proved(key)
             self._tell_fenced(life.member, words)
         were_here = {life.key for hello in self._hellos.values() for life in hello.last}
-        self._fencing.view(lost, tuple(member.node for member in members), now_s, were_here)
+        contested = sum(votes.values()) < self._majority
+        nodes = tuple(member.node for member in members)
+        self._fencing.view(lost, nodes, now_s, were_here, contested=contested)
         self._say_proofs()
         if self._left_cleanly is not None:
             self._send(control(["leave"]))
@@ -554,6 +605,8 @@ class AgreedGroup:
         match message:
             case ["hello", *_]:
                 self._on_hello(peer, message)
+            case ["without", list(peers), list(silent)]:
+                self._on_without(peer, peers, silent)
             case [_, [int(number), int(sequence), int(node)], *_] if (number, sequence, node) != self._tag:
                 return
             case _ if self._tag is None or sender is None:
@@ -617,8 +670,11 @@ class AgreedGroup:
         now_s = self._clock.boottime_s()
         waits = []
         if self._tag is None and not self._over:
-            silent = [peer for peer in self._peers if peer not in self._hellos]
-            waits = [self._name(node) for node, _ in silent]
+            spoken = {node for node, _ in self._hellos}
+            waits = [
+                self._name(node) + (f" (process {pid})" if node in spoken else "")
+                for node, pid in self._awaited()
+            ]
         return {
             "ring": list(self._ring),
             "ring_nodes": sorted(self._ring_nodes),
@@ -627,6 +683,7 @@ class AgreedGroup:
             "members": [[m.node, m.name, f"{m.incarnation:016x}"] for m in self.view.members],
             "frozen": self.frozen,
             "awaiting_hello": waits,
+            "strangers": [f"process {pid} on {self._name(node)}" for node, pid in sorted(self._strangers)],
             "owing": [
                 {"name": self._name(node), "for_s": round(for_s, 1)}
                 for node, for_s in sorted(self._owing.items())

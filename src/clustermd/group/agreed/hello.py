@@ -1,6 +1,6 @@
 """What members of an agreed group say to each other, as bytes.
 
-    0  control, a msgpack list: ["hello", ...], ["fenced", ...], ["fence-failed", ...], ["leave"], ["beat", ...]
+    0  control, a msgpack list that begins with "hello", "without", "fenced", "fence-failed", "leave" or "beat"
     1  tag, index, keeps, payload       what the user of the group multicasts, with an acknowledgement
     2  tag, index (8 bytes), keeps (1)  "I have had messages up to index", and whether a state that I keep has them
 
@@ -119,7 +119,7 @@ class Hello:
                 left=tuple((int(node), int(incarnation)) for node, incarnation in left),
                 proofs=tuple((int(n), int(incarnation), str(words)) for n, incarnation, words in proofs),
             )
-        except (ValueError, TypeError, IndexError) as error:
+        except (ValueError, TypeError, IndexError, OverflowError) as error:
             raise BadBytes("bad-hello", f"a lock daemon's hello cannot be read: {error}") from None
 
 
