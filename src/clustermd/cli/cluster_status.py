@@ -68,7 +68,8 @@ async def _start(rundir: RunDir) -> int:
     except Refused as refusal:
         if refusal.code != "group-not-ready":
             raise
-        show(f"started; {refusal.message}\n")
+        waits = _waits(await lockd_status(rundir, _ANSWER_S)) or [refusal.message]
+        show("\n  ".join((f"started; {rundir.node} is not in its cluster yet, it waits:", *waits)) + "\n")
         return 0
     show(f"{connection.name} is in its cluster\n")
     await connection.close()
@@ -113,6 +114,11 @@ def cluster_text(state: dict[str, Any]) -> str:
     lines = [f"{cluster}: {state['name']} (node {state['node']}) {may}", ""]
     if group["engine"] == "corosync":
         lines += _corosync(group)
+    if group.get("strangers"):
+        lines.append(
+            f"  strangers {_names(group['strangers'])}: in corosync's group of lock daemons without being one; "
+            "changes of membership wait for them in vain"
+        )
     lines.append(f"  members   {_names(name for _, name, _ in group['members']) or 'none'}")
     if replica.get("nodes"):
         zombies = [node["name"] for node in replica["nodes"] if node["lost"]]

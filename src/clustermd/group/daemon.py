@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from clustermd.errors import Refused
-from clustermd.group.start import HELD, say_ready, take_lock
+from clustermd.group.start import HELD, await_predecessor, say_ready, take_lock
 
 CRASHED = 70  # EX_SOFTWARE
 
@@ -29,6 +29,7 @@ def run_daemon(lock: Path, serve: Callable[[asyncio.Event, Callable[[], None]], 
     `serve` calls `ready()` when it listens and ends soon after `stop` is set.
     """
     logging.basicConfig(format=f"%(asctime)s [{os.getpid()}] %(message)s", level=logging.INFO)
+    await_predecessor()
     if take_lock(lock) is None:
         sys.exit(HELD)
     os.chdir("/")  # keep no directory of our starter's busy

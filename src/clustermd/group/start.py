@@ -13,6 +13,7 @@ import asyncio
 import fcntl
 import os
 import re
+import select
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ HELD = 75  # EX_TEMPFAIL: another daemon has the file lock
 START_DEADLINE_S = 30.0
 _READY_FD = 3
 _READY_VARIABLE = "CLUSTERMD_READY_FD"
+_AFTER_VARIABLE = "CLUSTERMD_AFTER_PID"
 _LOG_TAIL_BYTES = 2000
 _REASON = re.compile(r"\] ended: (.+)\Z")
 
@@ -113,6 +115,24 @@ async def start_daemon(module: str, rundir: RunDir, log: Path, deadline_s: float
     finally:
         loop.remove_reader(reader)
         os.close(reader)
+
+
+def begin_successor(module: str) -> None:
+    """Start `python -m module` to come after this daemon, with its environment and log; then this one has to end."""
+    environment = {**os.environ, _AFTER_VARIABLE: str(os.getpid())}
+    os.posix_spawn(sys.executable, [sys.executable, "-P", "-m", module], environment, setsid=True)
+
+
+def await_predecessor() -> None:
+    """In a successor: wait for the end of the daemon before, which has the file lock until then."""
+    pid = int(os.environ.pop(_AFTER_VARIABLE, "0"))
+    try:
+        descriptor = os.pidfd_open(pid) if pid else -1
+    except ProcessLookupError:
+        return
+    if descriptor >= 0:
+        select.select([descriptor], [], [], START_DEADLINE_S)
+        os.close(descriptor)
 
 
 def _reap(pid: int) -> asyncio.Future[int]:

@@ -41,6 +41,7 @@ class LockdConnection:
         self._link: FrameLink | None = None
         self._welcomed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting = ""
+        self._over = ""
         self._call = asyncio.Lock()
         self._answer: asyncio.Future[None] | None = None
         self._statuses: list[asyncio.Future[dict[str, Any]]] = []
@@ -122,6 +123,8 @@ class LockdConnection:
                 self._answered(kind(code, message, **data))
             case ["waiting", str(reason)]:
                 self._waiting = reason
+            case ["over", str(reason)]:
+                self._over = reason
             case [
                 "welcome",
                 {
@@ -223,11 +226,15 @@ async def connect(
 
     Starts the lockd (and that the sequencer) unless `start` is False. Waits for the node to join the group,
     without bound unless `timeout_s` is given. Raises Refused ("not-running", "daemon-failed",
-    "group-not-ready" with what it waits for).
+    "group-not-ready" with what it waits for, "not-in-cluster" with why the cluster does not take this node).
     """
     tried: list[LockdConnection] = []
 
     async def attempt() -> LockdConnection:
+        overs = [connection._over for connection in tried if connection._over]
+        if len(overs) > 1 and overs[-1] == overs[-2]:
+            # a life that the cluster gave up is followed by a new one; this one was given up for the same
+            raise Refused("not-in-cluster", f"{rundir.node} cannot take part in its cluster: {overs[-1]}")
         connection = LockdConnection(trace)
         tried.append(connection)
         await connection._open(rundir, label)

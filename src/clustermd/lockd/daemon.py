@@ -8,7 +8,8 @@ then proved dead the same way; from one second on it is shown in the status.
 
 It ends when it had no session for `linger_s`, on SIGTERM (its sessions are lost then, and proved), and at
 once when its replica or the group says that this life is over: the sessions see their sockets end, and the
-next one who needs a lockd starts a new life.
+next one who needs a lockd starts a new life. On corosync a node is needed by the others: if it was a member, its new
+life begins by itself.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ from clustermd.group.local import LocalGroup
 from clustermd.group.node_group import NodeGroup
 from clustermd.group.process import kill, start_time
 from clustermd.group.process_group import Member, View, Witness
+from clustermd.group.start import begin_successor
 from clustermd.group.tasks import Tasks
 from clustermd.lockd.fence_actor import FenceActor
 from clustermd.lockd.node_lease import NodeLease
-from clustermd.lockd.protocol import PROTOCOL
+from clustermd.lockd.protocol import LOCKD_MODULE, PROTOCOL
 from clustermd.lockd.sessions import SessionState
 from clustermd.lockd.waits import Waits
 from clustermd.rundir import RunDir
@@ -63,6 +65,7 @@ class Lockd:
         self._sessions: dict[int, SessionState] = {}
         self._arriving: dict[FrameLink, str] = {}
         self._suspended = "this node has not joined the group yet"
+        self._was_member = False
         self._tasks = Tasks()
         self._waits = Waits()
         self._idle_s = 0.0
@@ -156,6 +159,7 @@ class Lockd:
             [member.name for member in view.members],
             "" if view.quorate else ", frozen",
         )
+        self._was_member |= view.quorate
         self._replica.on_view(view)
         self._welcome()
 
@@ -195,6 +199,8 @@ class Lockd:
         for link in self._arriving:
             # nothing leaves any more at the end of this turn; who comes learns so whether a new life helps
             link.send_bytes(encode(["over", reason]))
+        if self._conf.clustered and self._was_member:
+            begin_successor(LOCKD_MODULE)
         logging.shutdown()
         os._exit(OVER)
 
