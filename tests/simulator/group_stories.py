@@ -85,5 +85,5 @@ SCENARIOS = (
     Scenario("trap 9", "fenced-alive", restarted_at_once, 20),
     Scenario("trap 12", "fenced-alive", cut_in_two, 4),
     Scenario("dlm I29", "two-fencers", cut_in_two, 10),
-    Scenario("trap 32", "fenced-alive", leases, 4),
+    Scenario("trap 32", "fenced-alive", leases, 20),
 )
