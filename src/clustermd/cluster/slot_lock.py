@@ -57,7 +57,11 @@ class OwnSlot:
 
 
 async def read_block(lockspace: Lockspace, slot: int) -> SlotBlock:
-    """What the owner of `slot` says, read under CR."""
+    """What the owner of `slot` says, read under CR.
+
+    A dead owner's word counts until its slot is taken over: the mark that its death leaves on the block is no reason
+    to forget its window (dlm.md 6.8.26).
+    """
     lock = await lockspace.lock(slot_lock_name(slot), Mode.CR, value_block=True)
     try:
         assert lock.lvb is not None
