@@ -25,7 +25,7 @@ from array_kit import (
     superblock_of,
     until,
 )
-from cluster_in_process import InProcessCluster, Node, cluster_of, settled
+from cluster_in_process import InProcessCluster, Node, NodeLink, cluster_of, settled
 
 from clustermd.array import array as array_module
 from clustermd.array.request import Kind, Request
@@ -413,5 +413,26 @@ def test_a_stuck_member_is_not_blamed_for_time_without_contact(tmp_path: Path) -
             assert await answer_of(kept) == 0
             assert await asyncio.wait_for(repairing, 10)
             assert not any(member.faulty for member in one.array.members())
+
+    run(story())
+
+
+def test_a_stop_without_quorum_ends_although_no_unlock_is_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = clustered(tmp_path)
+
+    async def goodbye(link: NodeLink) -> None:
+        """The session is closed; who still waits for an answer in it hears nothing."""
+
+    monkeypatch.setattr(NodeLink, "close", goodbye)
+
+    async def story() -> None:
+        async with cluster_of(2, paths) as cluster:
+            await settled(cluster)
+            one = cluster.nodes[1]
+            one.suspended("no quorum")
+            one.alive = False
+            await stopped(cluster, one)
 
     run(story())
