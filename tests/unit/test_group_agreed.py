@@ -156,6 +156,17 @@ def test_the_lowest_node_fences_and_the_next_when_it_fails() -> None:
     assert not one.group.status()["lost"]
 
 
+def test_a_failed_attempt_is_not_begun_again_before_the_others_have_had_their_turn() -> None:
+    ring, (one, two, three_) = three()
+    ring.lose(three_)
+    ring.run()
+    one.group.fence_failed(3, "no power switch")
+    one.group.tick()
+    assert len(one.fencing) == 1, "its word is not in the order yet"
+    ring.run()
+    assert len(two.fencing) == 1
+
+
 def test_a_proof_is_of_the_lives_that_were_lost_when_fencing_began() -> None:
     ring, (one, _, three_) = three()
     ring.lose(three_)

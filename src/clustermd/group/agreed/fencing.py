@@ -67,6 +67,7 @@ class Fencing:
         self._nodes: tuple[int, ...] = ()
         self._in_ring: frozenset[int] = frozenset()
         self._at_work: dict[int, frozenset[Key]] = {}
+        self._failing: set[int] = set()  # attempts that failed here, which is not in the order yet
         self._proofs: dict[Key, str] = {}
 
     def view(
@@ -95,6 +96,7 @@ class Fencing:
                 self.lost[life.key] = Lost(life, known.since_s, rounds=known.rounds)
         self._proofs = {key: words for key, words in self._proofs.items() if key in self.lost}
         self._nodes = nodes
+        self._failing.clear()
         self.act(now_s)
 
     def suspend(self) -> None:
@@ -110,6 +112,8 @@ class Fencing:
 
     def failed(self, node: int, actor: int, why: str, now_s: float) -> None:
         """In the order: `actor` could not fence `node`."""
+        if actor == self._me:
+            self._failing.discard(node)
         for lost in self._of(node):
             lost.failed[actor] = why
             if all(other in lost.failed for other in self._nodes):
@@ -141,7 +145,8 @@ class Fencing:
     def given_up(self, node: int) -> None:
         """This node's attempt at `node` failed."""
         self._over(node, "failed")
-        self._at_work.pop(node, None)
+        if self._at_work.pop(node, None) is not None:
+            self._failing.add(node)
 
     def to_say(self) -> list[tuple[Key, str]]:
         """Proofs that this node has and that are not in the order yet."""
@@ -152,6 +157,7 @@ class Fencing:
         for node in sorted({key[0] for key in self.lost} | set(self._at_work)):
             mine = (
                 self._actor(node) == self._me
+                and node not in self._failing
                 and not self._waits(node, now_s)
                 and not self._proofs.keys() >= {key for key in self.lost if key[0] == node}
             )
