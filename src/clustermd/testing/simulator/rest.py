@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def at_rest(run: Run, *, alone: bool = False) -> bool:
     """Whether all are; with `alone`, those whose array process lives."""
-    if run.clients.pending or run.deaths.open:
+    if run.clients.pending or run.deaths.open or any(map(_lost, run.cluster.machines.values())):
         return False
     for machine in run.cluster.machines.values():
         array = machine.array
@@ -38,6 +38,14 @@ def at_rest(run: Run, *, alone: bool = False) -> bool:
         if array.array.resync.status() is not None or tuple(array.array.coordinator.takeovers()):
             return False
     return True
+
+
+def _lost(machine: Machine) -> list[str]:
+    """The nodes whose end its lock daemon waits for: only then does anybody take over what they have left."""
+    lockd = machine.lockd
+    if lockd is None or not lockd.process.alive:
+        return []
+    return [node.name for node in lockd.replica._machine.nodes.values() if node.lost]
 
 
 def check_rest(run: Run) -> None:
@@ -126,7 +134,7 @@ def _lockd_words(machine: Machine) -> list[str]:
         return ["no lockd"]
     if not lockd.replica.installed:
         return [f"lockd {lockd.replica._phase.value}"]
-    return []
+    return [f"lost: {', '.join(lost)}"] if (lost := _lost(machine)) else []
 
 
 def _array_words(machine: Machine) -> list[str]:
