@@ -38,9 +38,11 @@ ELSEWHERE = {
     "blocking-callback-nobody-asked-for",  # below, a storm over lock replicas
     "sweep-ends-silently",  # below
     # tests/unit/test_cluster_bugs_found.py
+    "leaver-takes-over",
     "loss-that-nobody-hears-of",
     "lost-value-block-is-no-window",
     "one-node-blocks-all",
+    "right-asked-for-too-early",
     "settled-before-the-joiner-copied",
 }
 

@@ -31,6 +31,7 @@ from flaws import both_ways, flaw, patches_of, patience
 from clustermd.cluster import life as life_module
 from clustermd.cluster.life import Life
 from clustermd.device.member_device import Op
+from clustermd.dlm.lockspace import Slot
 from clustermd.ondisk.superblock import ROLE_FAULTY
 
 pytestmark = pytest.mark.usefixtures("quick_retries")
@@ -180,4 +181,80 @@ def test_the_loss_that_ends_giving_back_the_resync_right_is_noticed(tmp_path: Pa
             assert not said, f"{said}"
 
     with flaw(flawed, "never retrieved", *patches_of("loss-that-nobody-hears-of")):
+        run(story())
+
+
+@both_ways
+def test_a_node_that_is_leaving_begins_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flawed: bool
+) -> None:
+    """A node is proved dead while the last lock operation of one that leaves is still on its way."""
+    paths = clustered(tmp_path)
+
+    async def story() -> None:
+        async with cluster_of(1, paths) as cluster:
+            one = cluster.nodes[1]
+            await asyncio.wait_for(one.array.idle(), 20)
+            life: Any = one.array.coordinator._life  # type: ignore[attr-defined]
+            stop = life.channel.stop
+
+            async def one_more_is_dead() -> None:
+                life.recover_prep()
+                life.recover_slot(Slot(4, 9, "node9"))
+                life.recover_done(life._lockspace.slots, 1, 7)
+                await asyncio.sleep(0)
+                await stop()
+
+            monkeypatch.setattr(life.channel, "stop", one_more_is_dead)
+            await asyncio.wait_for(one.array.stop(), 20)
+            left = one.events[one.names().index("leave.deaf") :]
+            assert not [fields for name, fields in left if name == "lock.asked"], "it begins something"
+
+    with flaw(flawed, "it begins something", *patches_of("leaver-takes-over")):
+        run(story())
+
+
+@both_ways
+def test_a_joiner_asks_for_the_resync_right_before_its_slot_has_an_owner(tmp_path: Path, flawed: bool) -> None:
+    """Others take the bits of an owned slot for its owner's business, and settle when they get the right."""
+    paths = clustered(tmp_path)
+
+    async def story() -> None:
+        async with cluster_of(1, paths) as cluster:
+            asked = [
+                (fields["resource"], fields["mode"])
+                for name, fields in cluster.nodes[1].events
+                if name == "lock.asked"
+            ]
+            right = asked.index(("resync", "EX"))
+            assert right < asked.index(("bitmap0000", "PW")), "others may settle before it copies"
+            await asyncio.wait_for(cluster.nodes[1].array.idle(), 20)
+            asked_twice = cluster.nodes[1].names().count("resync.right") == 2
+            assert asked_twice, "the right that was asked for first settles nothing"
+
+    shows = "may settle before|settles nothing"
+    with flaw(flawed, shows, *patches_of("settled-before-the-joiner-copied")):
+        run(story())
+
+
+@both_ways
+def test_a_right_that_was_asked_for_before_a_loss_settles_nothing(tmp_path: Path, flawed: bool) -> None:
+    """Whoever has taken over meanwhile waits behind us with bits to copy."""
+    paths = clustered(tmp_path)
+
+    async def story() -> None:
+        async with cluster_of(1, paths) as cluster:
+            one = cluster.nodes[1]
+            await asyncio.wait_for(one.array.idle(), 20)
+            life: Any = one.array.coordinator._life  # type: ignore[attr-defined]
+            async with one.array.coordinator.resync_right():
+                assert life.settles
+                life.recover_prep()
+                life.recover_done(life._lockspace.slots, 1, 7)
+                assert life.all_settled
+                assert not life.settles, "it takes the array for settled"
+            await asyncio.wait_for(one.array.idle(), 20)
+            assert one.array.state.settled
+
+    with flaw(flawed, "takes the array for settled", *patches_of("right-asked-for-too-early")):
         run(story())

@@ -64,7 +64,7 @@ class Faults:
         return all_failed
 
     def _start(self) -> None:
-        if self._task is None or self._task.done():
+        if not self._over and (self._task is None or self._task.done()):
             self._task = asyncio.get_running_loop().create_task(self._run(), name="faults")
 
     async def _run(self) -> None:
@@ -201,6 +201,8 @@ class Faults:
         return await future
 
     async def stop(self) -> None:
+        """Record nothing until `resume`, whatever fails meanwhile: this node is about to leave."""
+        self._over = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)

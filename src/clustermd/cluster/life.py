@@ -70,6 +70,7 @@ class Life:
         self._ready = asyncio.Event()
         self._tasks: dict[object, asyncio.Task[None]] = {}
         self._joined = False
+        self._leaving = False
         self._over = False
         self._failed_since_prep = False
         self._recovering = False
@@ -160,6 +161,7 @@ class Life:
             self.trace.point("leave.announced", slot=self.slot)
         elif self._announced:
             await self._finish()
+        self._leaving = True  # what begins now would go on without the slot's lock
         await self._stop_tasks()
         self.trace.point("leave.deaf", slot=self.slot)
         await self.channel.stop()
@@ -187,7 +189,7 @@ class Life:
 
     def _spawn(self, key: object, work: Callable[[], Awaitable[None]]) -> None:
         """Run `work` until it has succeeded, once per key at a time."""
-        if key not in self._tasks and not self._over:
+        if key not in self._tasks and not self._leaving and not self._over:
             self._tasks[key] = asyncio.get_running_loop().create_task(self._insist(key, work))
 
     async def _insist(self, key: object, work: Callable[[], Awaitable[None]]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from clustermd.array import array as array_module
 from clustermd.array import assemble
 from clustermd.array.array import Array
+from clustermd.array.faults import Faults
 from clustermd.array.metadata import Metadata
 from clustermd.array.read import Reader, ReadOp
 from clustermd.array.resync import Resync
@@ -31,7 +32,7 @@ from clustermd.testing.simulator.flaws import flaw, patched
 
 _copy, _adopt, _reload, _end_sessions = Resync._copy, Metadata._adopt, Metadata.reload, Engine.end_sessions
 _grant_converting, _failed = Resource._grant_converting, Reader.failed
-_stop_in_order = Array._stop_in_order
+_stop_in_order, _stop_recording = Array._stop_in_order, Faults.stop
 
 
 # --- undecided data and bad sectors -----------------------------------------------------------------------------
@@ -157,6 +158,17 @@ async def _stops_and_merges_on(self: Array) -> None:
     await ending
 
 
+def _begins_while_it_leaves(self: Life, key: object, work: Any) -> None:
+    if key not in self._tasks and not self._over:
+        self._tasks[key] = asyncio.get_running_loop().create_task(self._insist(key, work))
+
+
+async def _stops_the_present_record_only(self: Faults) -> None:
+    before = self._over
+    await _stop_recording(self)
+    self._over = before
+
+
 async def _records_before_the_last_sweep_only(self: Array) -> None:
     recorded = self.faults.recorded
     said: list[int] = []
@@ -274,6 +286,16 @@ FLAWS = (
         "dead-disk-keeps-it-out",
         "a node that comes back alone must read each member before it is known who else is there",
         (Metadata, "begin_anew", _begins_with_all_or_none),
+    ),
+    flaw(
+        "leaver-takes-over",
+        "a node that is leaving begins to take over, or to publish, what a death has left",
+        (Life, "_spawn", _begins_while_it_leaves),
+    ),
+    flaw(
+        "leaver-records-faults",
+        "a node that is leaving begins to record a fault that it hears of",
+        (Faults, "stop", _stops_the_present_record_only),
     ),
     flaw(
         "last-sweep-finds-a-fault",
