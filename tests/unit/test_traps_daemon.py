@@ -169,6 +169,15 @@ def test_all_sessions_of_a_node_together_are_bounded_too_trap_39(monkeypatch: Pa
     box.check_room(77, "join")
 
 
+def test_nothing_piles_up_while_the_medium_takes_nothing_trap_39() -> None:
+    ring, (one, *_) = lockds(3, lease_s=10.0)
+    ring.tick(5)
+    one.node.full = True
+    ring.tick(600)
+    assert len(one.node.group._outgoing) < 10
+    assert one.node.leases[-1] < ring.clock.at_s
+
+
 def _texts_of_any_length(patch: Patch) -> None:
     patch.setattr(replica, "TEXT_MOST", 1 << 20)
 

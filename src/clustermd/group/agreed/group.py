@@ -294,7 +294,7 @@ class AgreedGroup:
 
     def _beat(self, now_s: float) -> None:
         lease = self._lease
-        if lease is not None and self._tag is not None and lease.due(now_s):
+        if lease is not None and self._tag is not None and not self._outgoing and lease.due(now_s):
             number, heard = lease.beat(now_s)
             self._send(control(["beat", list(self._tag), number, [list(pair) for pair in heard]]))
             if lease.alone():

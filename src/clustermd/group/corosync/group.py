@@ -45,6 +45,8 @@ from clustermd.trace import Trace
 GROUP = b"clustermd:lockd"
 RETRY_S = 0.005
 TICK_S = 0.1
+PROOF_MOST = 512
+"""Characters of a proof that the others are told: all that are kept fit in one hello."""
 RACE_S = 5.0
 """How long one side of a cluster that was cut in two quorate halves waits for the other to switch it off."""
 SWITCHES_OFF = ("agent", "stonith", "device")
@@ -231,7 +233,9 @@ class CorosyncGroup:
         former = list(self._endings.open.values())
         while self._endings.unproved:
             await asyncio.sleep(TICK_S / 4)
-        self._ended = [(ending.record.member.incarnation, ending.proof or "") for ending in former]
+        self._ended = [
+            (ending.record.member.incarnation, (ending.proof or "")[:PROOF_MOST]) for ending in former
+        ]
         me = Incarnation(self.me, os.getpid(), start_time(os.getpid()) or 0)
         self._incarnations.living[self.me.incarnation] = me
         self._incarnations.save()
