@@ -294,6 +294,39 @@ def test_an_absent_node_that_comes_needs_no_fencing() -> None:
     assert nodes[0].of("fenced") == [(3, 0, "its node has joined the group")]
 
 
+def test_who_is_fenced_while_the_cluster_starts_is_not_fenced_again_when_another_comes() -> None:
+    ring = Ring(5)
+    nodes = ring.start(1, 2, 3)
+    for node in nodes:
+        node.has_state = False
+    ring.form((1, 2, 3))
+    ring.run()
+    ring.tick(31)
+    nodes[0].group.fence_done(5, "off")
+    ring.run()
+    (four,) = ring.start(4)
+    four.has_state = False
+    ring.under_way.clear()
+    ring.form((1, 2, 3, 4))
+    ring.run()
+    assert (5, 0, "off") in four.of("fenced") and not four.group.status()["lost"]
+    assert nodes[0].of("fenced").count((5, 0, "off")) >= 1
+    ring.split((1,), (2, 3, 4))
+    ring.run()
+    assert [lost["node"] for lost in four.group.status()["lost"]] == [1], "a node that is missed since"
+    ring.split((1, 2, 3, 4))
+    ring.run()
+    assert not nodes[1].group.status()["lost"]
+    for side in ((1, 2), (3, 4)):
+        ring.form(side)
+    ring.run()
+    ring.form((1, 2, 3, 4))
+    ring.run()
+    assert [lost["node"] for lost in nodes[0].group.status()["lost"]] == [5], (
+        "without quorum others may have had it"
+    )
+
+
 def test_whoever_has_another_configuration_than_most_is_sent_away() -> None:
     ring = Ring(3)
     one, two = ring.start(1, 2)

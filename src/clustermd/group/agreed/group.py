@@ -156,6 +156,7 @@ class AgreedGroup:
         self._last: dict[Key, Life] = {}
         self._left: set[Key] = set()
         self._proofs: dict[Key, str] = {(self.me.node, incarnation): words for incarnation, words in ended}
+        self._absent: dict[Key, str] = {}
         self._fencing = Fencing(self.me.node, fence_shell, startup_s, race_s, trace)
         # what goes out, and who owes what for how long
         self._outgoing: deque[bytes] = deque()
@@ -256,6 +257,7 @@ class AgreedGroup:
         self._quorum = (quorate, ring)
         if not quorate:
             self._unbroken = False
+            self._absent.clear()
             self._freeze("this node has no quorum")
         self._greet()
 
@@ -364,7 +366,7 @@ class AgreedGroup:
             raise Refused(
                 "not-lost",
                 f"{name} is not waited for: "
-                + (f"that are {', '.join(waiting)}" if waiting else "nobody is"),
+                + (f"fencing is waited for of {', '.join(waiting)}" if waiting else "nobody is"),
             )
         for node in nodes:
             self._fencing.vouched(node, words)
@@ -401,7 +403,7 @@ class AgreedGroup:
             last=tuple(sorted(self._last.values())),
             lost=tuple(sorted(lost.life for lost in self._fencing.lost.values())),
             left=tuple(sorted(self._left)),
-            proofs=tuple((*key, words) for key, words in sorted(self._proofs.items())),
+            proofs=tuple((*key, words) for key, words in sorted({**self._proofs, **self._absent}.items())),
         )
         self._trace.point("group.hello", ring=ring, quorate=quorate)
         self._send(control(hello.to_wire()))
@@ -462,6 +464,7 @@ class AgreedGroup:
         if not change.quorate or not self._quorum[0]:
             self._tag = None
             self._unbroken = False
+            self._absent.clear()
             self._on_lease(0.0)
             absent = [node.name for node in self._nodes.values() if node.number not in self._ring_nodes]
             self.frozen = "the cluster has no quorum" + (f", it lacks {', '.join(absent)}" if absent else "")
@@ -483,9 +486,13 @@ class AgreedGroup:
         votes = _votes(members, self._nodes)
         self._stability = Stability(votes, self._majority)
         self._last = {life.key: life for life in change.members}
+        if not change.fresh:
+            self._absent.clear()
         for key, (_, words) in change.proved.items():
             if key[1]:
                 self._proofs[key] = words
+            elif key[0] not in {life.member.node for life in change.members}:
+                self._absent[key] = words
         for key in list(self._proofs)[: max(0, len(self._proofs) - PROOFS_KEPT)]:
             del self._proofs[key]
         self.view = View(
@@ -632,6 +639,9 @@ class AgreedGroup:
             return  # a repeat, or it came back meanwhile (dlm.md 6.8.10, 6.8.11)
         if key[1]:
             self._proofs[key] = words
+        else:
+            # nobody is fenced twice while a cluster starts: good while this node has quorum, for nobody else has
+            self._absent[key] = words
         # what a purge gives to others may not be shown before a majority has the purge
         self._index += 1
         self._tell_fenced(lost.life.member, words, self._index)
