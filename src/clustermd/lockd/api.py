@@ -20,6 +20,7 @@ They may start a task that converts or frees the lock. They are a hint: the mode
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -130,11 +131,11 @@ class _Entering:
 
         task = asyncio.get_running_loop().create_task(enter())
         try:
-            done, _ = await asyncio.wait((task,), timeout=timeout_s)
+            in_time = await self._ends(task, timeout_s)
         except asyncio.CancelledError:
             await self._give_up(task)
             raise
-        if not done:
+        if not in_time:
             await self._give_up(task)
             raise Refused(
                 "group-not-ready",
@@ -147,6 +148,22 @@ class _Entering:
             self._drop()
             raise
 
+    async def _ends(self, task: asyncio.Task[OpenLockspace], timeout_s: float | None) -> bool:
+        """Whether the task ends in time; meanwhile it is told why the cluster stands still, if it does."""
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + (math.inf if timeout_s is None else timeout_s)
+        while not (await asyncio.wait((task,), timeout=max(0.0, min(_SAY_S, end_s - loop.time()))))[0]:
+            if self._connection is not None and self._connection.suspended:
+                self._tell(f"the cluster stands still: {self._connection.suspended}")
+            if loop.time() >= end_s:
+                return False
+        return True
+
+    def _tell(self, waiting: str) -> None:
+        self._waiting = waiting
+        if self._on_waiting is not None:
+            self._on_waiting(waiting)
+
     async def _connect(self) -> LockdConnection:
         while True:
             try:
@@ -154,9 +171,7 @@ class _Entering:
             except Refused as refusal:
                 if refusal.code != "group-not-ready":
                     raise
-                self._waiting = refusal.message
-                if self._on_waiting is not None:
-                    self._on_waiting(refusal.message)
+                self._tell(refusal.message)
             else:
                 return connection
 

@@ -28,7 +28,7 @@ class LockdConnection:
     """A welcomed session. Made by `connect`.
 
     `node` is this node's number, `name` its name, `incarnation` the life of its lockd, `number` this
-    session's; `lost` is why it ended, empty while it lives.
+    session's; `lost` is why it ended, empty while it lives; `suspended` why the cluster stands still, if it does.
     """
 
     def __init__(self, trace: Trace | None = None) -> None:
@@ -37,6 +37,7 @@ class LockdConnection:
         self.incarnation = 0
         self.number = 0
         self.lost = ""
+        self.suspended = ""
         self.session = Session(self._send_dlm, trace)
         self._link: FrameLink | None = None
         self._welcomed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -107,8 +108,10 @@ class LockdConnection:
             case ["pong", int()]:
                 pass
             case ["suspended", str(reason)]:
+                self.suspended = reason
                 self.session.on_suspended(reason)
             case ["resumed"]:
+                self.suspended = ""
                 self.session.on_resumed()
             case ["status", dict(state)] if self._statuses:
                 answer = self._statuses.pop(0)
@@ -138,6 +141,7 @@ class LockdConnection:
                 self.node, self.name, self.number = node, name, number
                 self.incarnation = int(incarnation, 16)
                 self._welcomed.set_result(None)
+                self.suspended = suspended
                 if suspended:
                     self.session.on_suspended(suspended)
             case _:
