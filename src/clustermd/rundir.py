@@ -60,6 +60,12 @@ class RunDir:
         """Until when this node may submit I/O (`device.lease`)."""
         return self.node_dir / "lease"
 
+    @property
+    def state_dir(self) -> Path:
+        """What this node must know after a reboot: in /var/lib, or beside everything else that was moved."""
+        base = Path("/var/lib/clustermd") if self.root == Path("/run/clustermd") else self.root / "state"
+        return base / self.node
+
     def array_dir(self, array: str) -> Path:
         return self.node_dir / array
 

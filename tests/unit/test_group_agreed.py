@@ -522,3 +522,22 @@ def test_bytes_of_strangers_change_nothing() -> None:
     ):
         one.group.on_message((2, two.pid), data)
     assert len(one.of("view")) == views and not one.of("message") and not one.expelled
+
+
+def test_a_proof_is_kept_before_it_is_told_and_outlives_its_maker() -> None:
+    ring = Ring(2)
+    ring.quorate = lambda side: True  # two_node
+    kept: list[tuple[tuple[int, int], str]] = []
+    one, two = ring.start(1, 2, on_proof=lambda life, words: kept.append((life, words)))
+    ring.run()
+    ring.split((1,), (2,))
+    ring.run()
+    one.group.fence_done(2, "its path to the disks is cut")
+    assert kept == [((2, 1), "its path to the disks is cut")] and not one.of("fenced")
+    ring.run()
+    assert one.of("fenced")
+    # it goes on, is started anew and has forgotten everything else; the other one had quorum all the time
+    ring.nodes.remove(one)
+    (again,) = ring.start(1, incarnation=2, boot="boot 2", fenced=kept)
+    ring.run()
+    assert "declared dead" in two.expelled and not again.expelled

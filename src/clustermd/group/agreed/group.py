@@ -89,9 +89,10 @@ class StatefulEvents(GroupEvents, Protocol):
 class AgreedGroup:
     """See the module. `nodes` are the configured ones; `config` is what all must have alike, in words.
 
-    `ended` are proofs of former lives of this node: (incarnation, words). `startup_s` and `race_s` are as in
-    `Fencing`. `lease_s` is 0 where there are no leases; `on_lease(until_s)` tells until when (boot clock) this node
-    may act, `on_expelled(reason)` that it may not at all.
+    `ended` are proofs of former lives of this node: (incarnation, words). `fenced` are those of other nodes' lives
+    that this node proved before it was started; `on_proof(life, words)` is told each new one before anybody else,
+    to be kept. `startup_s` and `race_s` are as in `Fencing`. `lease_s` is 0 where there are no leases;
+    `on_lease(until_s)` tells until when (boot clock) this node may act, `on_expelled(reason)` that it may not at all.
     """
 
     def __init__(
@@ -106,6 +107,8 @@ class AgreedGroup:
         trace: Trace,
         *,
         ended: Iterable[tuple[int, str]] = (),
+        fenced: Iterable[tuple[Key, str]] = (),
+        on_proof: Callable[[Key, str], None] = lambda life, words: None,
         startup_s: float,
         race_s: float = 0.0,
         lease_s: float = 0.0,
@@ -128,6 +131,7 @@ class AgreedGroup:
         self._lease_s = lease_s
         self._unresponsive_s = unresponsive_s
         self._on_lease = on_lease
+        self._on_proof = on_proof
         self._on_expelled = on_expelled
         self._events: StatefulEvents | None = None
         self._over = ""
@@ -155,7 +159,9 @@ class AgreedGroup:
         # what outlives views
         self._last: dict[Key, Life] = {}
         self._left: set[Key] = set()
-        self._proofs: dict[Key, str] = {(self.me.node, incarnation): words for incarnation, words in ended}
+        self._proofs: dict[Key, str] = dict(fenced)
+        self._proofs |= {(self.me.node, incarnation): words for incarnation, words in ended}
+        self._kept: set[Key] = set(self._proofs)
         self._absent: dict[Key, str] = {}
         self._fencing = Fencing(self.me.node, fence_shell, startup_s, race_s, trace)
         # what goes out, and who owes what for how long
@@ -373,8 +379,11 @@ class AgreedGroup:
         self._say_proofs()
 
     def _say_proofs(self) -> None:
-        if self._tag is not None:
-            for key, words in self._fencing.to_say():
+        for key, words in self._fencing.to_say():
+            if key[1] and key not in self._kept:
+                self._kept.add(key)
+                self._on_proof(key, words)
+            if self._tag is not None:
                 self._send(control(["fenced", list(self._tag), list(key), words]))
 
     # ---- the change of membership

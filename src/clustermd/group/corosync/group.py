@@ -25,11 +25,12 @@ from clustermd.errors import Refused
 from clustermd.group.agreed.change import Configured
 from clustermd.group.agreed.fencing import FenceShell
 from clustermd.group.agreed.group import MAX_PAYLOAD_BYTES, AgreedGroup, StatefulEvents
-from clustermd.group.agreed.hello import Life
+from clustermd.group.agreed.hello import Key, Life
 from clustermd.group.corosync import cmap
 from clustermd.group.corosync.cfg import kill_node
 from clustermd.group.corosync.cpg import Cpg, Reason
 from clustermd.group.corosync.errors import CorosyncRefused
+from clustermd.group.corosync.proofs import Proofs
 from clustermd.group.corosync.quorum import Quorum
 from clustermd.group.endings import Ending, Endings
 from clustermd.group.incarnations import Incarnation, Incarnations
@@ -82,9 +83,11 @@ class CorosyncGroup:
         self._tasks = Tasks()
         self._boot = boot_id()
         self._incarnations = Incarnations(rundir.make(), self._boot)
+        self._proofs = Proofs(rundir.make(rundir.state_dir))
         self._registrar = Registrar(self._incarnations, clock)
         self._endings = Endings(clock, bounds, self._tasks, self._proved)
         self._ended: list[tuple[int, str]] = []
+        self._fenced: list[tuple[Key, str]] = []
         self._nodes: tuple[Configured, ...] = ()
         self._cluster = ""
         self._cpg: Cpg | None = None
@@ -120,7 +123,8 @@ class CorosyncGroup:
         return self._agreed.view if self._agreed is not None else View((0,), (), (), (), False)
 
     async def connect(self) -> None:
-        """Open the connections. Raises CorosyncRefused, Refused ("lease-needs-three")."""
+        """Open the connections. Raises CorosyncRefused, Refused ("lease-needs-three"), BadBytes ("bad-proofs")."""
+        self._fenced = self._proofs.load()
         configured = cmap.nodelist()
         self._cluster = cmap.cluster_name()
         self._nodes = tuple(
@@ -252,6 +256,8 @@ class CorosyncGroup:
             self._clock,
             self._trace,
             ended=self._ended,
+            fenced=self._fenced,
+            on_proof=self._proofs.keep,
             startup_s=self._conf.startup_s,
             race_s=RACE_S if self._conf.fence in SWITCHES_OFF else 0.0,
             lease_s=lease_s,
