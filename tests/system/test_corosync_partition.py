@@ -16,7 +16,7 @@ pytestmark = pytest.mark.system
 
 TIMES = 20
 TOKEN_MS = 400
-LEASE_S, DRIFT, BOUND_S = 1.1, 0.01, 0.3
+LEASE_S, DRIFT, BOUND_S = 1.2, 0.01, 0.5
 CONF = f'fence = "lease"\nlease_s = {LEASE_S}\ndrift = {DRIFT}\ndevice_bound_s = {BOUND_S}\n'
 LOAD = ("--rate", "150", "--depth", "8", "--hot-blocks", "256")
 
