@@ -66,6 +66,7 @@ class SimCluster:
         # alive, and the boxes refuse it
         self.on_excluded: Callable[[ArrayProcess], None] = lambda array: None
         self.restarts = True
+        self.mended = False  # no fault is at work any more
         self._cut: set[int] = set()
         self._incarnation = 0
         self._serial = 0
@@ -284,7 +285,10 @@ class SimCluster:
         self.loop.later(RESTART_S, self._start_lockd_again, machine)
 
     def _start_lockd_again(self, machine: Machine) -> None:
-        if self.restarts and machine.powered:
+        # where machines meet by corosync it is a service of the machine, also when no array needs it any more
+        if machine.powered and (self.restarts or not self.plan.durable):
+            if self.mended:
+                self.start_corosync(machine)  # the others had it ended
             self.start_lockd(machine)
 
     def pause(self, machine: Machine, detect_s: float) -> None:

@@ -151,7 +151,7 @@ def _may_start(run: Run, machine: Machine) -> bool:
 
 def _lockd_may_start(run: Run, machine: Machine) -> bool:
     """Where machines meet by corosync it is a service of the machine, whatever needs it."""
-    return _may_start(run, machine) or (run.cluster.restarts and machine.powered and not run.plan.durable)
+    return _may_start(run, machine) or (machine.powered and not run.plan.durable)
 
 
 # --- the group ------------------------------------------------------------------------------------------------
@@ -340,6 +340,7 @@ def blackout(run: Run, args: dict[str, Any]) -> None:
 def take_back_all(run: Run) -> None:
     """Partitions heal, who is paused goes on, ways to boxes are well again; what is without power stays so."""
     cluster = run.cluster
+    cluster.mended = True
     run.ambush.waits.clear()
     cluster.thaw()
     for machine in cluster.machines.values():

@@ -129,13 +129,15 @@ class Connection:
         self._daemon = daemon
         self._inbox: deque[Callable[[], None]] = deque()
         self._delivering = False
+        self._wakes = False
         self._quorum: deque[Callable[[], None]] = deque()
 
     def send(self, data: bytes) -> bool:
         """False: try again later."""
         daemon = self._daemon
         if daemon.syncing or daemon.paused or len(daemon.queue) >= QUEUE or self._totem.draw.one_in(40):
-            if not daemon.syncing:
+            if not daemon.syncing and not self._wakes:
+                self._wakes = True
                 self._totem.loop.later(0.001, self.writable)
             return False
         if daemon.alive:
@@ -143,6 +145,8 @@ class Connection:
         return True
 
     def writable(self) -> None:
+        """Perhaps it takes something now."""
+        self._wakes = False
         self.put(self.client.flush)
 
     def leave(self) -> None:
