@@ -439,11 +439,13 @@ class Lockd:
         return {"fencing_here": actor.status(), "unsafe": actor.fencer.unsafe}
 
 
-def main() -> None:
-    """Entry point of the process."""
-    rundir = RunDir.from_environment()
-    node_dir = rundir.make()
+async def _serve(stop: asyncio.Event, ready: Callable[[], None]) -> None:
+    """One life, begun under the file lock: nothing of this node is touched while another lockd has it."""
     conf = Conf.load()
     bounds = Bounds.from_environment(conf)
-    lockd = Lockd(rundir, conf, bounds, SystemClock(), Trace())
-    run_daemon(node_dir / "lockd.lock", lockd.run)
+    await Lockd(RunDir.from_environment(), conf, bounds, SystemClock(), Trace()).run(stop, ready)
+
+
+def main() -> None:
+    """Entry point of the process."""
+    run_daemon(RunDir.from_environment().make() / "lockd.lock", _serve)
