@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from clustermd.errors import Refused
 from clustermd.group.agreed.change import Configured
 from clustermd.group.agreed.group import MAX_PAYLOAD_BYTES, AgreedGroup, StatefulEvents
-from clustermd.group.agreed.hello import Life, Peer
+from clustermd.group.agreed.hello import Key, Life, Peer
 from clustermd.group.corosync.cpg import Reason
 from clustermd.group.process_group import Member, Witness
 from clustermd.testing.simulator.fencer import SimFencer
@@ -83,8 +83,8 @@ class AgreedPort(Client):
 
     # --- the life
 
-    def enter(self, pid: int, boot: str, ended: list[tuple[int, str]]) -> None:
-        """Join the group."""
+    def enter(self, pid: int, boot: str, ended: list[tuple[int, str]], fenced: dict[Key, str]) -> None:
+        """Join the group. `fenced` is what the machine keeps over its reboots of the ends that it proved."""
         cluster, plan = self._cluster, self._cluster.plan
         assert self.events is not None and cluster.totem is not None
         self.boot = boot
@@ -98,6 +98,8 @@ class AgreedPort(Client):
             self._clock,
             self._trace,
             ended=ended,
+            fenced=fenced.items(),
+            on_proof=fenced.__setitem__,
             startup_s=STARTUP_S,
             lease_s=plan.lease_s,
             unresponsive_s=UNRESPONSIVE_S,

@@ -154,7 +154,8 @@ class SimCluster:
             if other.boot == machine.boots
         ]
         pid = 100 + len([other for other in machine.lockds if other.boot == machine.boots])
-        lockd.process.context.copy().run(port.enter, pid, f"{machine.name} start {machine.boots}", ended)
+        boot = f"{machine.name} start {machine.boots}"
+        lockd.process.context.copy().run(port.enter, pid, boot, ended, machine.fenced)
 
     def landed(self, machine: Machine, former: list[Lockd]) -> bool:
         """Whether nothing is left of what these lock daemons' sessions and the machine's dead processes sent."""
@@ -222,8 +223,16 @@ class SimCluster:
             leaving = lockd
             leaving.leaving = True
             port.process.context.copy().run(
-                port.say_goodbye, lambda: self.loop.later(0.0, self._end_process, leaving.process)
+                port.say_goodbye, lambda: self.loop.later(0.0, self._lockd_left, leaving)
             )
+
+    def _lockd_left(self, lockd: Lockd) -> None:
+        self._end_process(lockd.process)
+        array = lockd.machine.array
+        if array is not None and array.process.alive:
+            self.loop.later(
+                RESTART_S, self._start_lockd_again, lockd.machine
+            )  # it was wanted again meanwhile
 
     # --- deaths ---------------------------------------------------------------------------------------------
 
@@ -414,8 +423,10 @@ class SimCluster:
         return [array for array in self._arrays if array.machine.number == node]
 
     def goes_on_with(self, machines: list[Machine]) -> bool:
-        """Whether these may go on though nobody else starts."""
-        return self.totem is None or self.totem.quorate_with(machine.number for machine in machines)
+        """Whether these may go on though nobody else starts: who was refused at the boxes waits for who did that."""
+        return self.totem is None or self.totem.quorate_with(
+            machine.number for machine in machines if not machine.refused
+        )
 
     def refused_at_boxes(self, node: int) -> bool:
         return self.machines[node].refused

@@ -20,6 +20,7 @@ from clustermd.dlm.lockspace import Lockspace, LockspaceEvents
 from clustermd.dlm.replica import Replica
 from clustermd.dlm.session import Session
 from clustermd.errors import ClusterLost, Refused
+from clustermd.group.agreed.hello import Key
 from clustermd.group.process_group import Member
 from clustermd.testing.simulator.agreed import AgreedPort
 from clustermd.testing.simulator.boxes import Path
@@ -345,6 +346,7 @@ class Machine:
         self.powered = False
         self.refused = False  # the boxes take nothing from it
         self.boots = 0
+        self.fenced: dict[Key, str] = {}  # the ends that it proved, kept on its own disk
 
     @property
     def up(self) -> bool:
