@@ -159,6 +159,10 @@ class _Entering:
                 return False
         return True
 
+    def _heard(self, reason: str) -> None:
+        """Not told yet, but known when the time is over."""
+        self._waiting = f"{self._rundir.node} is not in its cluster: {reason}"
+
     def _tell(self, waiting: str) -> None:
         self._waiting = waiting
         if self._on_waiting is not None:
@@ -167,7 +171,13 @@ class _Entering:
     async def _connect(self) -> LockdConnection:
         while True:
             try:
-                connection = await connect(self._rundir, self._label, start=self._start, timeout_s=_SAY_S)
+                connection = await connect(
+                    self._rundir,
+                    self._label,
+                    start=self._start,
+                    timeout_s=_SAY_S,
+                    on_waiting=self._heard,
+                )
             except Refused as refusal:
                 if refusal.code != "group-not-ready":
                     raise

@@ -31,7 +31,9 @@ class LockdConnection:
     session's; `lost` is why it ended, empty while it lives; `suspended` why the cluster stands still, if it does.
     """
 
-    def __init__(self, trace: Trace | None = None) -> None:
+    def __init__(
+        self, trace: Trace | None = None, on_waiting: Callable[[str], None] = lambda reason: None
+    ) -> None:
         self.node = 0
         self.name = ""
         self.incarnation = 0
@@ -42,6 +44,7 @@ class LockdConnection:
         self._link: FrameLink | None = None
         self._welcomed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting = ""
+        self._on_waiting = on_waiting
         self._over = ""
         self._call = asyncio.Lock()
         self._answer: asyncio.Future[None] | None = None
@@ -126,6 +129,7 @@ class LockdConnection:
                 self._answered(kind(code, message, **data))
             case ["waiting", str(reason)]:
                 self._waiting = reason
+                self._on_waiting(reason)
             case ["over", str(reason)]:
                 self._over = reason
             case [
@@ -225,12 +229,14 @@ async def connect(
     timeout_s: float | None = None,
     clock: Clock | None = None,
     trace: Trace | None = None,
+    on_waiting: Callable[[str], None] = lambda reason: None,
 ) -> LockdConnection:
     """A session of `rundir.node`'s lockd, shown to people as `label` ("array md0"), with points in `trace`.
 
     Starts the lockd (and that the sequencer) unless `start` is False. Waits for the node to join the group,
-    without bound unless `timeout_s` is given. Raises Refused ("not-running", "daemon-failed",
-    "group-not-ready" with what it waits for, "not-in-cluster" with why the cluster does not take this node).
+    without bound unless `timeout_s` is given; `on_waiting(reason)` hears at once for what. Raises Refused
+    ("not-running", "daemon-failed", "group-not-ready" with what it waits for, "not-in-cluster" with why the cluster
+    does not take this node).
     """
     tried: list[LockdConnection] = []
 
@@ -239,7 +245,7 @@ async def connect(
         if len(overs) > 1 and overs[-1] == overs[-2]:
             # a life that the cluster gave up is followed by a new one; this one was given up for the same
             raise Refused("not-in-cluster", f"{rundir.node} cannot take part in its cluster: {overs[-1]}")
-        connection = LockdConnection(trace)
+        connection = LockdConnection(trace, on_waiting)
         tried.append(connection)
         await connection._open(rundir, label)
         return connection
