@@ -191,14 +191,19 @@ class Run:
         self._play_steps()
         self._mend()
         self._rest_of_survivors()
-        for machine in machines:
+        self._settle()
+        while not self._stop_all():
+            self._settle()
+        rest.check_stopped(self)
+
+    def _settle(self) -> None:
+        self.cluster.restarts = True
+        for machine in self.cluster.machines.values():
             faults.start(self, machine)
         if not all(box.powered for box in self.cluster.boxes):
             self.clients.use_everywhere()  # else nobody may notice, and who comes back is told that others use it
         self._until(lambda: rest.at_rest(self), SETTLE_BOUND_S, "coming to rest")
         self._check_rest()
-        self._stop_all()
-        rest.check_stopped(self)
 
     def _play_steps(self) -> None:
         begin_s = self.loop.time()
@@ -247,8 +252,10 @@ class Run:
         rest.check_rest(self)
         self._end_if_broken()
 
-    def _stop_all(self) -> None:
+    def _stop_all(self) -> bool:
+        """False: the others went on without a node that was stopping, so not all stopped in order."""
         self.cluster.restarts = False
+        in_order = True
         left = [machine for machine in self.cluster.machines.values() if machine.serving]
         draw = self.dice.stream("stop")
         while left:
@@ -257,9 +264,17 @@ class Run:
             assert array is not None
             over: list[bool] = []
             self.cluster.stop_array(machine, lambda over=over: over.append(True))  # type: ignore[misc]
-            self._until(lambda over=over: bool(over), STOP_BOUND_S, f"the stop of {machine.name}")  # type: ignore[misc]
-            rest.check_left(self, machine, array)
+            self._until(
+                lambda over=over, array=array: bool(over) or array.killed,  # type: ignore[misc]
+                STOP_BOUND_S,
+                f"the stop of {machine.name}",
+            )
+            if array.killed:
+                in_order = False
+            else:
+                rest.check_left(self, machine, array)
         self._until(lambda: rest.no_locks(self), STOP_BOUND_S, "the end of the lockspace")
+        return in_order
 
 
 def run_seed(seed: int, *, operations: int = 250, faults: int = 10, keep_events: bool = False) -> Outcome:
