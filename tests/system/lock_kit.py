@@ -72,7 +72,7 @@ class Locks:
         out, err = (self.cluster.directory / f"{kind}.{number}" for kind in ("out", "err"))
         with out.open("wb") as out_file, err.open("wb") as err_file:
             popen = subprocess.Popen(
-                [CLUSTERMD, *words],
+                self.cluster.enter(node, [CLUSTERMD, *words]),
                 env=os.environ | self.cluster.node(node).environment,
                 stdin=subprocess.DEVNULL,
                 stdout=out_file,
