@@ -155,7 +155,8 @@ class LockdConnection:
         if not self._welcomed.done():
             self._welcomed.set_exception(ConnectionResetError(reason))
             return
-        self.lost = f"the connection to this node's lockd ended: {reason}"
+        why = f"this node's lockd has ended: {self._over}" if self._over else ""
+        self.lost = why or f"the connection to this node's lockd ended: {reason}"
         error = ClusterLost("lockd-lost", self.lost)
         self._answered(error)
         for answer in self._statuses:

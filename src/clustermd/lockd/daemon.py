@@ -196,8 +196,8 @@ class Lockd:
 
     def must_restart(self, reason: str) -> None:
         log.error("this life ends, with all its sessions: %s", reason)
-        for link in self._arriving:
-            # nothing leaves any more at the end of this turn; who comes learns so whether a new life helps
+        # nothing leaves any more at the end of this turn; who comes learns so whether a new life helps
+        for link in self._links:
             link.send_bytes(encode(["over", reason]))
         if self._conf.clustered and self._was_member:
             begin_successor(LOCKD_MODULE)
