@@ -64,7 +64,8 @@ check: setup
 	$(BIN)/lint-imports
 
 test: setup check
-	$(BIN)/pytest -n 2 --dist worksteal -m "not alone"
+	$(BIN)/pytest -n 2 --dist worksteal -m "not alone and not machines"
+	$(BIN)/pytest -n 2 --dist loadfile -m machines
 	$(BIN)/pytest -m alone
 
 # Debian starts a server that it installs; RUNLEVEL=1 says not to: the benchmark has servers of its own.

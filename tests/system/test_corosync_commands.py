@@ -14,7 +14,7 @@ from lock_kit import Locks
 
 from clustermd.testing.waiting import wait_until
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.machines]
 
 GUIDE = Path(__file__).parents[2] / "docs" / "cluster.md"
 HEALTHY = """\

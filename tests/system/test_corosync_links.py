@@ -15,7 +15,7 @@ from corosync_arrays import DETECTION_S, LEASE, LEASE_FENCE_S, PATIENCE_S, Array
 from clustermd.testing.load import fio_command
 from clustermd.testing.waiting import wait_until
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.machines]
 
 LOAD = ("--rate", "300", "--depth", "8", "--hot-blocks", "512")
 MIB = 1 << 20

@@ -14,7 +14,7 @@ from corosync_kit import Options
 from clustermd.testing.exerciser import DISCONNECTED
 from clustermd.testing.waiting import wait_until
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.machines]
 
 TOKEN_MS = 1000
 DETECTION_S = 2.2 * TOKEN_MS / 1000

@@ -63,7 +63,9 @@ def expelled(reason: str) -> None:
 
 async def be_member() -> None:
     rundir = RunDir.from_environment()
-    group = LocalGroup(rundir, Bounds.from_environment(Conf()), SystemClock(), SystemRandom(), Trace(), expelled)
+    group = LocalGroup(
+        rundir, Bounds.from_environment(Conf()), SystemClock(), SystemRandom(), Trace(), expelled
+    )
     await group.connect()
     tell("node", group.me.node)
     group.join(Teller())

@@ -215,7 +215,9 @@ def test_a_node_that_is_leaving_begins_nothing(
 
 
 @both_ways
-def test_a_joiner_asks_for_the_resync_right_before_its_slot_has_an_owner(tmp_path: Path, flawed: bool) -> None:
+def test_a_joiner_asks_for_the_resync_right_before_its_slot_has_an_owner(
+    tmp_path: Path, flawed: bool
+) -> None:
     """Others take the bits of an owned slot for its owner's business, and settle when they get the right."""
     paths = clustered(tmp_path)
 
