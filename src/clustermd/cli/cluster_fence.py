@@ -20,8 +20,8 @@ from clustermd.clock import SystemClock
 from clustermd.conf import Conf
 from clustermd.errors import DeviceRefused, Refused
 from clustermd.group.agreed.fencing import Victim
-from clustermd.group.frames import Frame, FrameLink, open_link
 from clustermd.group.process_group import Member
+from clustermd.lockd.client import vouch
 from clustermd.lockd.fencing.fence_disk import FenceDisk
 from clustermd.lockd.fencing.fencer import Fencer
 from clustermd.lockd.fencing.make import make_fencer
@@ -73,7 +73,7 @@ def _ack(words: list[str], options: set[str]) -> int:
     node = words[0]
     if "--yes" not in options:
         _make_sure(node)
-    show(asyncio.run(_vouch(RunDir.from_environment(), node)) + "\n")
+    show(asyncio.run(vouch(RunDir.from_environment(), node, _ANSWER_S)) + "\n")
     return 0
 
 
@@ -92,42 +92,6 @@ def _make_sure(node: str) -> None:
     print(f"Type the node's name to vouch for it: {node}? ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip() != node:
         raise Refused("not-confirmed", f"nothing was done: that was not {node!r}", node=node)
-
-
-async def _vouch(rundir: RunDir, node: str) -> str:
-    """Tell this node's lockd. What it answered. Raises Refused."""
-    answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-
-    def heard(_: FrameLink, frame: Frame) -> None:
-        if answer.done():
-            return
-        match frame:
-            case ["fence-acked", str(text)]:
-                answer.set_result(text)
-            case ["refused", str(code), str(message), dict(data)]:
-                answer.set_exception(Refused(code, message, **data))
-
-    def lost(_: FrameLink, reason: str) -> None:
-        if not answer.done():
-            answer.set_exception(Refused("no-answer", f"the lockd of {rundir.node} did not answer: {reason}"))
-
-    try:
-        link = await open_link(rundir.lockd_socket, heard, lost)
-    except (FileNotFoundError, ConnectionRefusedError):
-        raise Refused(
-            "not-running",
-            f"no lockd runs for {rundir.node} in {rundir.root}: say it on a node that waits for {node}",
-        ) from None
-    try:
-        link.send("fence-ack", node)
-        return await asyncio.wait_for(answer, _ANSWER_S)
-    except TimeoutError:
-        raise Refused(
-            "no-answer",
-            f"the lockd of {rundir.node} (process {link.peer_pid}) did not answer in {_ANSWER_S:g} s",
-        ) from None
-    finally:
-        link.close()
 
 
 # --- fence-test

@@ -195,28 +195,47 @@ async def lockd_status(rundir: RunDir, timeout_s: float = 5.0) -> dict[str, Any]
 
     Starts nothing. Raises Refused ("not-running", "no-answer").
     """
-    answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+    state: dict[str, Any] = await _ask_once(rundir, ["status"], "status", timeout_s)
+    return state
+
+
+async def vouch(rundir: RunDir, node: str, timeout_s: float = 5.0) -> str:
+    """Tell this node's lockd that an operator vouches for the end of the lost `node`. What it answered.
+
+    Starts nothing. Raises Refused as `NodeGroup.vouch` does, and ("not-running", "no-answer").
+    """
+    words: str = await _ask_once(rundir, ["fence-ack", node], "fence-acked", timeout_s)
+    return words
+
+
+async def _ask_once(rundir: RunDir, question: Frame, answered_by: str, timeout_s: float) -> Any:
+    """One question to this node's lockd, without a session. What follows the word `answered_by` in its answer."""
+    answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    who = f"the lockd of {rundir.node}"
 
     def heard(_: FrameLink, frame: Frame) -> None:
+        if answer.done():
+            return
         match frame:
-            case ["status", dict(state)] if not answer.done():
-                answer.set_result(state)
+            case [str(word), what] if word == answered_by:
+                answer.set_result(what)
+            case ["refused", str(code), str(message), dict(data)]:
+                answer.set_exception(Refused(code, message, **data))
 
     def lost(_: FrameLink, reason: str) -> None:
         if not answer.done():
-            answer.set_exception(Refused("no-answer", f"the lockd of {rundir.node} gave no status: {reason}"))
+            answer.set_exception(Refused("no-answer", f"{who} did not answer: {reason}"))
 
     try:
         link = await open_link(rundir.lockd_socket, heard, lost)
     except (FileNotFoundError, ConnectionRefusedError):
         raise Refused("not-running", f"no lockd runs for {rundir.node} in {rundir.root}") from None
     try:
-        link.send("status")
+        link.send(*question)
         return await asyncio.wait_for(answer, timeout_s)
     except TimeoutError:
         raise Refused(
-            "no-answer",
-            f"the lockd of {rundir.node} (process {link.peer_pid}) gave no status in {timeout_s:g} s",
+            "no-answer", f"{who} (process {link.peer_pid}) did not answer in {timeout_s:g} s"
         ) from None
     finally:
         link.close()
