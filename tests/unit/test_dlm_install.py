@@ -52,7 +52,8 @@ def fresh(**options: object) -> Start:
 
 def plan(starts: dict[int, Start], configured: int = 3, proved: tuple[Key, ...] = ()) -> Install | str:
     members = tuple(Member(node, 1, f"node{node}") for node in sorted(starts))
-    view = View((9, 8, 1), members, (), (), True, (1,) * len(members), configured // 2 + 1)
+    votes = tuple((node, 1) for node in range(1, configured + 1))
+    view = View((9, 8, 1), members, (), (), True, (1,) * len(members), configured // 2 + 1, votes)
     return plan_install(
         view, {(node, 1): told for node, told in starts.items()}, dict.fromkeys(proved, "off")
     )
@@ -81,6 +82,14 @@ def test_a_remainder_that_always_had_quorum_goes_on_when_the_lost_are_proved_dea
     assert "node 2" in str(plan({1: start("a", members=(1, 2), unfenced=lost)}, configured=2))
     told = goes_on(plan({1: start("a", members=(1, 2), unfenced=lost)}, configured=2, proved=lost))
     assert told.current == ((1, 1),)
+
+
+def test_a_remainder_whose_companions_were_a_majority_by_themselves_starts_anew() -> None:
+    lost = ((2, 7), (3, 7))
+    told = goes_on(plan({1: start("a", unfenced=lost), 2: fresh(), 3: fresh()}, proved=lost))
+    assert (1, 1) in told.foreign, "both may have shown what it was not told, before they ended"
+    told = goes_on(plan({1: start("a", members=(1, 2), unfenced=lost), 2: fresh(), 3: fresh()}, proved=lost))
+    assert told.authority == (1, 1), "nothing could be shown in that view without it"
 
 
 def test_nobody_with_state_waits_for_whoever_may_live_and_then_begins() -> None:

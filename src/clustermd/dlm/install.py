@@ -11,7 +11,8 @@ Computed by every member from the same view and the same START messages, so all 
 Where the order is not durable, memory is all there is, and a view may go on only if it surely knows what any
 view before it showed to anybody (dlm.md 6.2, 6.6). It does if a majority of votes kept its state; or if those
 who kept it have had quorum all the time, and everybody who is absent is proved dead (two_node,
-last_man_standing). A remainder that is neither must start anew: the others may have gone on without it, and ended.
+last_man_standing). A remainder that is neither must start anew: the others may have gone on without it, and
+ended. So must one whose companions were a majority by themselves: they may have shown what it was not told any more.
 
 Nobody has state: an empty one begins, but only when every member known to be lost is proved dead. Until then
 its locks, which nobody remembers, must be taken as held.
@@ -82,7 +83,7 @@ def plan_install(
     elif view.majority and sum(votes[key] for key in stateful) < view.majority:
         if lost:
             return _until_proved(lost, "those who are here are no majority")
-        if not all(able[key].unbroken for key in stateful):
+        if not all(able[key].unbroken for key in stateful) or _majority_without(stateful, able, view):
             foreign |= dict.fromkeys(
                 stateful,
                 "the majority's lock state is lost, as too many nodes ended at once, and that of this node may be "
@@ -161,6 +162,13 @@ def _entry(
             [[*key, proof] for key, proof in sorted(fenced.items())],
         ]
     )
+
+
+def _majority_without(stateful: list[NodeKey], able: Mapping[NodeKey, Start], view: View) -> bool:
+    """Whether the others of the last view could show something that those who kept its state do not know."""
+    last = max((able[key] for key in stateful), key=lambda start: start.epoch).members
+    apart = {node for node, _ in last} - {node for node, _ in stateful}
+    return sum(votes for node, votes in view.all_votes if node in apart) >= view.majority
 
 
 def _until_proved(lost: Iterable[NodeKey], why: str) -> str:

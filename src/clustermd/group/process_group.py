@@ -41,8 +41,8 @@ class View:
     A view that is not quorate means: nobody may act; nothing delivered until the next quorate view counts.
 
     `majority` is 0 where the order is durable, so nobody's memory counts (`local`). Else it is that of all
-    configured votes, `votes` are those of `members`, and `unbroken` says that this node has had quorum all the
-    time since its last view.
+    configured votes, `votes` are those of `members`, `all_votes` (node, votes) those of all configured nodes, and
+    `unbroken` says that this node has had quorum all the time since its last view.
     """
 
     ring: tuple[int, ...]
@@ -52,6 +52,7 @@ class View:
     quorate: bool
     votes: tuple[int, ...] = ()
     majority: int = 0
+    all_votes: tuple[tuple[int, int], ...] = ()
     unbroken: bool = True
 
 

@@ -512,6 +512,7 @@ class AgreedGroup:
             True,
             votes=tuple(votes.values()),
             majority=self._majority,
+            all_votes=tuple((node.number, node.votes) for node in self._nodes.values()),
             unbroken=self._unbroken,
         )
         self._unbroken = True
