@@ -524,6 +524,18 @@ def test_bytes_of_strangers_change_nothing() -> None:
     assert len(one.of("view")) == views and not one.of("message") and not one.expelled
 
 
+def test_a_majority_keeps_no_proofs_for_after_a_reboot() -> None:
+    ring = Ring(3)
+    kept: list[tuple[tuple[int, int], str]] = []
+    one, _, three_ = ring.start(1, 2, 3, on_proof=lambda life, words: kept.append((life, words)))
+    ring.run()
+    ring.lose(three_)
+    ring.run()
+    one.group.fence_done(3, "off")
+    ring.run()
+    assert one.of("fenced") and not kept
+
+
 def test_a_proof_is_kept_before_it_is_told_and_outlives_its_maker() -> None:
     ring = Ring(2)
     ring.quorate = lambda side: True  # two_node

@@ -90,9 +90,10 @@ class AgreedGroup:
     """See the module. `nodes` are the configured ones; `config` is what all must have alike, in words.
 
     `ended` are proofs of former lives of this node: (incarnation, words). `fenced` are those of other nodes' lives
-    that this node proved before it was started; `on_proof(life, words)` is told each new one before anybody else,
-    to be kept. `startup_s` and `race_s` are as in `Fencing`. `lease_s` is 0 where there are no leases;
-    `on_lease(until_s)` tells until when (boot clock) this node may act, `on_expelled(reason)` that it may not at all.
+    that this node proved, while it was no majority, before it was started; `on_proof(life, words)` is told each new
+    such one before anybody else, to be kept. `startup_s` and `race_s` are as in `Fencing`. `lease_s` is 0 where there
+    are no leases; `on_lease(until_s)` tells until when (boot clock) this node may act, `on_expelled(reason)` that
+    it may not at all.
     """
 
     def __init__(
@@ -379,12 +380,15 @@ class AgreedGroup:
         self._say_proofs()
 
     def _say_proofs(self) -> None:
+        if self._tag is None:
+            return
+        alone = sum(self.view.votes) < self._majority
         for key, words in self._fencing.to_say():
-            if key[1] and key not in self._kept:
+            if alone and key[1] and key not in self._kept:
+                # a majority remembers by itself; and there, a life whose end was not told yet may be a member again
                 self._kept.add(key)
                 self._on_proof(key, words)
-            if self._tag is not None:
-                self._send(control(["fenced", list(self._tag), list(key), words]))
+            self._send(control(["fenced", list(self._tag), list(key), words]))
 
     # ---- the change of membership
 

@@ -1,4 +1,4 @@
-"""Ends that this node proved, kept over its own reboots: `fenced.json` in the node's state directory.
+"""Ends that this node proved while it was no majority, kept over its reboots: `fenced.json` in its state directory.
 
 In a cluster of two, whoever fenced the other goes on alone. If it then reboots and the other one, which was only
 cut off from the disks, is back with its old memory, nobody else could tell that this life was declared dead; going on

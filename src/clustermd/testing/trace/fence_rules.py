@@ -25,7 +25,7 @@ class TwoFencers(RuleOverLives):
     def __init__(self, lives: Lives) -> None:
         super().__init__(lives)
         self._views: dict[str, Any] = {}
-        self._at_work: dict[int, dict[str, int]] = {}
+        self._at_work: dict[int, dict[str, tuple[int, Any]]] = {}
 
     def see(self, event: Event) -> Sequence[Violation]:
         if event.name == "group.view":
@@ -37,11 +37,13 @@ class TwoFencers(RuleOverLives):
             others.pop(event.node, None)
             return ()
         found = []
-        for other, number in others.items():
-            if other != event.node and self._views.get(other) == self._views.get(event.node):
+        view = self._views.get(event.node)
+        for other, (number, in_view) in others.items():
+            # an attempt ends with its view, also when its maker died with it
+            if other != event.node and in_view == view:
                 words = f"{event.node} begins to fence node {victim} while {other} of the same view is at it"
                 found.append(self.violation(event, words, number))
-        others[event.node] = event.number
+        others[event.node] = event.number, view
         return found
 
 
