@@ -313,8 +313,8 @@ def _meet(plan: Plan, draw: Stream) -> Plan:
         return plan
     if plan.nodes == 4 and draw.one_in(3):
         plan = replace(plan, nodes=5, slots=max(plan.slots, 5))
-    # Between two nodes a lease proves nothing: who is left is no majority either. And one that is cut off from the boxes
-    # only is a whole cluster by itself, to whoever uses nothing but its locks.
+    # Between two nodes a lease proves nothing: who is left is no majority either. And one that is cut off from the
+    # boxes only is a whole cluster by itself, to whoever uses nothing but its locks.
     fence = "power" if plan.two_node else ("power", "storage", "lease")[draw.below(3)]
     leases = fence == "lease" or (not plan.two_node and draw.one_in(4))
     return replace(
