@@ -8,9 +8,9 @@ import pytest
 
 from clustermd.dlm.agreement import ACK_EVERY
 from clustermd.dlm.machine import Machine
-from clustermd.dlm.messages import CONFIG
+from clustermd.dlm.messages import CONFIG, Start, decode
 from clustermd.dlm.modes import Flag, Mode
-from clustermd.group.process_group import Left
+from clustermd.group.process_group import Left, Member, View
 from clustermd.testing.locks.client import Client
 from clustermd.testing.locks.replicas import Cluster, Node
 
@@ -542,3 +542,33 @@ def test_the_history_kept_for_those_behind_is_bounded() -> None:
         machine = client.node.machine
         assert machine.applied > 10 * ACK_EVERY
         assert machine.applied - machine.log_start < 4 * ACK_EVERY
+
+
+class _Said:
+    """A group that keeps what is multicast."""
+
+    max_payload = 1 << 16
+
+    def __init__(self, me: Member) -> None:
+        self.me = me
+        self.payloads: list[bytes] = []
+
+    def multicast(self, payload: bytes) -> None:
+        self.payloads.append(payload)
+
+
+def test_who_was_missed_and_is_back_needs_no_proof_when_it_leaves_in_peace() -> None:
+    one, two, three = (Member(number, 1, f"node{number}") for number in (1, 2, 3))
+    replica = Cluster(1).node(1).replica
+    group = _Said(one)
+    replica.attach(group)  # type: ignore[arg-type]
+
+    def unfenced(number: int, members: tuple[Member, ...], left: tuple[tuple[Member, Left], ...]) -> object:
+        replica.on_view(View((9, number), members, (), left, True, (1,) * len(members), 2))
+        (_, _, _, start) = decode(group.payloads[-1])
+        return Start.from_wire(start).unfenced
+
+    assert unfenced(1, (one, two), ((three, Left.LOST),)) == ((3, 1),)
+    assert unfenced(2, (one, two), ()) == ((3, 1),), "nobody has proved it yet"
+    assert unfenced(3, (one, two, three), ()) == ()
+    assert unfenced(4, (one, two), ((three, Left.LEFT),)) == ()

@@ -196,8 +196,11 @@ class Replica:
         for member, reason in view.left:
             if reason is Left.LEFT:
                 self._left.add(_key(member))
+                self._unfenced.discard(_key(member))
             elif _key(member) not in self._fenced:
                 self._unfenced.add(_key(member))
+        # who was missed and is back needs no proof, not even when it leaves in peace later
+        self._unfenced.difference_update(map(_key, view.members))
         self._view = view
         self._starts = {}
         self._held = []
