@@ -24,8 +24,9 @@ from clustermd.testing.simulator.workload import Clients
 Tell = Callable[[str, str, dict[str, Any]], None]
 """an event of the trace: node, name, fields"""
 
-HEARD = frozenset(("cluster.lost", "join.member", "join.gathered", "array.lost"))
-"""Trace points at which an array process hears of deaths, its own among them, or cannot have missed one."""
+HEARD = frozenset(("cluster.lost", "join.member", "join.gathered", "array.lost", "leave.unlocking"))
+"""Trace points at which an array process hears of deaths, its own among them, or cannot have missed one; and the one
+from which on its own death need not be heard of, for all that it had in flight has landed and it is leaving."""
 
 
 @dataclass(slots=True, eq=False)
@@ -65,7 +66,9 @@ class Deaths:
         if name == "array.lost":
             self._life_lost(array)
             return
-        if name == "join.member":
+        if name == "leave.unlocking":
+            array.last_slot = -1
+        elif name == "join.member":
             array.last_slot = fields["slot"]
             array.broken_s = array.ended_s = -1.0
         elif name == "join.gathered":
