@@ -17,7 +17,7 @@ import asyncio
 import errno
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Protocol
 
 from clustermd.array.coordinator import ArraySide
@@ -155,19 +155,23 @@ class Life:
         """Say what must be said, then let go of everything in the order that survivors rely on."""
         if self._over:
             return
-        if handover and self.peers():
-            self.trace.point("leave.announcing", slot=self.slot)
-            await self.channel.send(Message(MessageType.BITMAP_NEEDS_SYNC, self.slot))
-            self.trace.point("leave.announced", slot=self.slot)
-        elif self._announced:
+        if self._announced and not (handover and self.peers()):
             await self._finish()
-        self._leaving = True  # what begins now would go on without the slot's lock
-        await self._stop_tasks()
-        self.trace.point("leave.deaf", slot=self.slot)
-        await self.channel.stop()
-        self._over = True
-        self.trace.point("leave.unlocking", slot=self.slot)
-        await self._own.release()
+        async with AsyncExitStack() as until_unlocked:
+            if handover:
+                # Who joins listens from when it has had the token: it hears us, or finds our slot empty.
+                await until_unlocked.enter_async_context(self.channel.token())
+                if self.peers():
+                    self.trace.point("leave.announcing", slot=self.slot)
+                    await self.channel.broadcast(Message(MessageType.BITMAP_NEEDS_SYNC, self.slot))
+                    self.trace.point("leave.announced", slot=self.slot)
+            self._leaving = True  # what begins now would go on without the slot's lock
+            await self._stop_tasks()
+            self.trace.point("leave.deaf", slot=self.slot)
+            await self.channel.stop()
+            self._over = True
+            self.trace.point("leave.unlocking", slot=self.slot)
+            await self._own.release()
         await self._lockspace.leave()
         self.trace.point("leave.done")
 
