@@ -20,6 +20,7 @@ from clustermd.array.resync import Resync
 from clustermd.cluster import life as life_module
 from clustermd.cluster.cluster import Cluster
 from clustermd.cluster.life import Life
+from clustermd.cluster.messages import Message, MessageType
 from clustermd.cluster.slot_lock import read_block, slot_lock_name, try_vacant
 from clustermd.device.helpers import read_bytes
 from clustermd.device.member_device import MemberDevice, Submitter
@@ -32,7 +33,7 @@ from clustermd.testing.simulator.flaws import flaw, patched
 
 _copy, _adopt, _reload, _end_sessions = Resync._copy, Metadata._adopt, Metadata.reload, Engine.end_sessions
 _grant_converting, _failed = Resource._grant_converting, Reader.failed
-_stop_in_order, _stop_recording = Array._stop_in_order, Faults.stop
+_stop_in_order, _stop_recording, _leave = Array._stop_in_order, Faults.stop, Life.leave
 
 
 # --- undecided data and bad sectors -----------------------------------------------------------------------------
@@ -163,6 +164,15 @@ def _begins_while_it_leaves(self: Life, key: object, work: Any) -> None:
         self._tasks[key] = asyncio.get_running_loop().create_task(self._insist(key, work))
 
 
+async def _looks_once_who_is_there(self: Life, handover: bool) -> None:
+    """Who joins while it says that its window has ended neither hears of its bits nor finds its slot empty."""
+    if handover and self.peers():
+        await self.channel.send(Message(MessageType.BITMAP_NEEDS_SYNC, self.slot))
+    elif self._announced:
+        await self._finish()
+    await _leave(self, False)
+
+
 async def _stops_the_present_record_only(self: Faults) -> None:
     before = self._over
     await _stop_recording(self)
@@ -291,6 +301,11 @@ FLAWS = (
         "leaver-takes-over",
         "a node that is leaving begins to take over, or to publish, what a death has left",
         (Life, "_spawn", _begins_while_it_leaves),
+    ),
+    flaw(
+        "leaver-tells-no-joiner",
+        "a node that leaves with bits tells whoever began to join meanwhile nothing",
+        (Life, "leave", _looks_once_who_is_there),
     ),
     flaw(
         "leaver-records-faults",
