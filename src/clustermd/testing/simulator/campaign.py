@@ -128,8 +128,13 @@ def play_seed(seed: int, operations: int = OPERATIONS, faults: int = FAULTS) -> 
     return report
 
 
-def _play_batch(seeds: list[int], operations: int, faults: int) -> list[Report]:
-    return [play_seed(seed, operations, faults) for seed in seeds]
+def _play_batch(seeds: list[int], operations: int, faults: int, starter: int) -> list[Report]:
+    reports = []
+    for seed in seeds:
+        if os.getppid() != starter:
+            os._exit(1)  # whoever wanted this was killed
+        reports.append(play_seed(seed, operations, faults))
+    return reports
 
 
 def workers(jobs: int) -> ProcessPoolExecutor:
@@ -160,7 +165,7 @@ def campaign(
     try:
         while True:
             while len(running) < 2 * jobs and (batch := list(islice(left, BATCH))):
-                running.add(pool.submit(_play_batch, batch, operations, faults))
+                running.add(pool.submit(_play_batch, batch, operations, faults, os.getpid()))
             if not running:
                 return
             done, running = wait(running, return_when=FIRST_COMPLETED)
