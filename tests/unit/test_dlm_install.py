@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from hashlib import blake2b
 
 from clustermd.dlm.install import Install, plan_install
@@ -154,3 +155,13 @@ def test_one_history_with_two_states_goes_by_votes() -> None:
     )
     told = goes_on(plan({1: damaged, 2: start("a"), 3: start("a")}))
     assert set(told.foreign) == {(1, 1)} and told.authority == (2, 1)
+
+
+def test_a_majority_that_began_anew_goes_on_over_a_state_that_it_outlived() -> None:
+    anew = ((2, 5), (3, 5))
+    starts = {(1, 1): start(*"abcdef")} | {key: replace(start("z", epoch=1), members=anew) for key in anew}
+    members = tuple(Member(*key, f"node{key[0]}") for key in starts)
+    view = View((9, 8, 1), members, (), (), True, (1, 1, 1), 2, ((1, 1), (2, 1), (3, 1)))
+    told = goes_on(plan_install(view, starts, {}))
+    assert told.authority in anew and set(told.current) == set(anew)
+    assert set(told.foreign) == {(1, 1)} and "went on without" in told.foreign[1, 1]

@@ -33,6 +33,11 @@ from clustermd.dlm.messages import Start
 from clustermd.dlm.wire import pack
 from clustermd.group.process_group import View
 
+WENT_ON = (
+    "the cluster went on without this node, which was cut off or declared lost; "
+    "its locks are gone and its arrays must be assembled again"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Install:
@@ -94,6 +99,10 @@ def plan_install(
         entry = _entry(1, able, names, left, fenced)
         return _plan(names, tuple(sorted(able)), (), (), None, foreign, able, entry)
     side = _side(stateful, able, votes, view.majority)
+    if side is not None and (since := _began_anew_without(able[side[0]], stateful, votes, view.majority)):
+        foreign |= dict.fromkeys((key for key in stateful if key not in since), WENT_ON)
+        stateful = since
+        side = _side(stateful, able, votes, view.majority)
     if side is None:
         if lost:
             return _until_proved(lost, "they alone know on which side of a broken ring the cluster went on")
@@ -104,10 +113,7 @@ def plan_install(
     continuing = []
     for key in stateful:
         if key not in best.members:
-            foreign[key] = (
-                "the cluster went on without this node, which was cut off or declared lost; "
-                "its locks are gone and its arrays must be assembled again"
-            )
+            foreign[key] = WENT_ON
         elif _place(able[key]) >= _place(best) and _content(able[key]) != _content(best):
             foreign[key] = "the lock state of this node differs from that of the others"
         else:
@@ -169,6 +175,18 @@ def _majority_without(stateful: list[NodeKey], able: Mapping[NodeKey, Start], vi
     last = max((able[key] for key in stateful), key=lambda start: start.epoch).members
     apart = {node for node, _ in last} - {node for node, _ in stateful}
     return sum(votes for node, votes in view.all_votes if node in apart) >= view.majority
+
+
+def _began_anew_without(
+    best: Start, stateful: list[NodeKey], votes: Mapping[NodeKey, int], majority: int
+) -> list[NodeKey]:
+    """A majority with state that the longest history does not know as members, if there is one.
+
+    Some node of it had a part in that history and has had a later life since. Had that one joined it, it would know a
+    later epoch; so it began with others anew, when nobody remembered anything. Epochs count from 1 there, too.
+    """
+    apart = [key for key in stateful if key not in best.members]
+    return apart if majority and sum(votes[key] for key in apart) >= majority else []
 
 
 def _until_proved(lost: Iterable[NodeKey], why: str) -> str:
