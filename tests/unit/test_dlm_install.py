@@ -165,3 +165,15 @@ def test_a_majority_that_began_anew_goes_on_over_a_state_that_it_outlived() -> N
     told = goes_on(plan_install(view, starts, {}))
     assert told.authority in anew and set(told.current) == set(anew)
     assert set(told.foreign) == {(1, 1)} and "went on without" in told.foreign[1, 1]
+
+
+def test_votes_of_a_history_that_was_outlived_count_for_nobody() -> None:
+    # 1 and 3 began anew when 2 was proved dead; 1 ended; 2 comes back with the old state, which is longer
+    old = start("a", "b", "c", epoch=1)
+    new = start("x", epoch=1, members=(1, 3), unfenced=((1, 6),))
+    new = Start(
+        *(((2,) if name == "outlived" else getattr(new, name)) for name in Start.__dataclass_fields__)
+    )
+    assert "node 1" in str(plan({2: old, 3: new})), "3 is no majority by itself"
+    told = goes_on(plan({2: old, 3: new}, proved=((1, 6),)))
+    assert told.authority == (3, 1) and set(told.foreign) == {(2, 1)}

@@ -73,6 +73,10 @@ def plan_install(
         foreign = dict.fromkeys((key for key in names if starts[key] is not None), foreign[min(foreign)])
     able = {key: start for key in names if key not in foreign and (start := starts[key]) is not None}
     stateful = sorted(key for key, start in able.items() if start.has_state)
+    gone_on = [key for key in stateful if any(_outlived(key, able[other]) for other in stateful)]
+    foreign |= dict.fromkeys(gone_on, WENT_ON)
+    stateful = [key for key in stateful if key not in gone_on]
+    able = {key: start for key, start in able.items() if key not in gone_on}
     fenced = {(node, life): proof for start in able.values() for node, life, proof in start.fenced}
     left = sorted({key for start in able.values() for key in start.left})
     lost = (
@@ -168,6 +172,11 @@ def _entry(
             [[*key, proof] for key, proof in sorted(fenced.items())],
         ]
     )
+
+
+def _outlived(key: NodeKey, other: Start) -> bool:
+    """Whether `other`'s history began when that node's former one had ended, and does not know this life of it."""
+    return key[0] in other.outlived and key not in other.members
 
 
 def _majority_without(stateful: list[NodeKey], able: Mapping[NodeKey, Start], view: View) -> bool:

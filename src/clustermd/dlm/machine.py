@@ -60,6 +60,9 @@ class Machine:
         self.engine = Engine()
         self.nodes: dict[NodeKey, NodeState] = {}
         self.members: tuple[NodeKey, ...] = ()
+        self.outlived: set[int] = (
+            set()
+        )  # nodes proved dead when this history began that have not joined since
         self.epoch = 0
         self.applied = 0
         self.chain = bytes(16)
@@ -122,7 +125,10 @@ class Machine:
             for (node, incarnation), state in sorted(self.nodes.items())
         ]
         members = [list(key) for key in self.members]
-        return pack([self.epoch, self.applied, self.chain, members, nodes, dump_engine(self.engine)])
+        outlived = sorted(self.outlived)
+        return pack(
+            [self.epoch, self.applied, self.chain, members, nodes, outlived, dump_engine(self.engine)]
+        )
 
     def digest(self) -> bytes:
         return blake2b(self.dump(), digest_size=DIGEST_BYTES).digest()
@@ -130,7 +136,8 @@ class Machine:
     def load(self, data: bytes) -> None:
         """Become the state that `dump` told. Raises BadBytes if it does not."""
         try:
-            self.epoch, self.applied, self.chain, members, nodes, engine = unpack(data)
+            self.epoch, self.applied, self.chain, members, nodes, outlived, engine = unpack(data)
+            self.outlived = {int(node) for node in outlived}
             self.members = tuple((node, incarnation) for node, incarnation in members)
             self.nodes = {
                 (node, incarnation): NodeState(name, last_op, last_session, lost)
@@ -219,6 +226,8 @@ class Machine:
     def _fenced(self, node: int, incarnation: int) -> None:
         key = (node, incarnation)
         state = self.nodes.get(key)
+        if incarnation == 0 and all(member != node for member, _ in self.members):
+            self.outlived.add(node)
         if state is None or not state.lost:
             return  # stale, a repeat, or the new life of that node (dlm.md 6.4)
         del self.nodes[key]
@@ -229,6 +238,7 @@ class Machine:
     ) -> None:
         self.epoch = epoch
         self.members = tuple((node, incarnation) for node, incarnation, _ in members)
+        self.outlived -= {node for node, _ in self.members}
         gone_cleanly = {(node, incarnation) for node, incarnation in left}
         present = set(self.members)
         for key in sorted(self.nodes):

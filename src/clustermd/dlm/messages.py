@@ -34,7 +34,7 @@ class Start:
     `members` are those of its last installed view; `left` and `fenced` what it saw happen since then and
     others may have missed; `unfenced` the lost ones of whose end it has no proof. `shown` is how many entries it
     knows to be stable, `recent` the hashes after its last entries, newest last, and `unbroken` that it had quorum
-    all the time.
+    all the time. `outlived` are nodes that were proved dead when this history began, and have not joined since.
     """
 
     has_state: bool
@@ -49,6 +49,7 @@ class Start:
     shown: int = 0
     recent: tuple[bytes, ...] = ()
     unbroken: bool = True
+    outlived: tuple[int, ...] = ()
 
     def chain_at(self, applied: int) -> bytes | None:
         """The hash after `applied` entries, as far back as it was told."""
@@ -71,6 +72,7 @@ class Start:
             self.shown,
             list(self.recent),
             self.unbroken,
+            list(self.outlived),
         ]
 
     @classmethod
@@ -79,7 +81,7 @@ class Start:
         try:
             (
                 has_state, epoch, applied, chain, digest, members, left, fenced, unfenced, shown, recent,
-                unbroken,
+                unbroken, outlived,
             ) = wire  # fmt: skip
             return cls(
                 bool(has_state),
@@ -94,6 +96,7 @@ class Start:
                 int(shown),
                 tuple(map(bytes, recent)),
                 bool(unbroken),
+                tuple(map(int, outlived)),
             )
         except (ValueError, TypeError) as error:
             raise BadBytes("bad-frame", f"a lock daemon's start message cannot be read: {error}") from None

@@ -289,6 +289,7 @@ class Replica:
             shown=self._shown,
             recent=() if self._view is None or not self._view.majority else machine.recent(RECENT),
             unbroken=self._view is None or self._view.unbroken,
+            outlived=tuple(sorted(machine.outlived)),
         )
 
     def _on_start(self, key: NodeKey, config: bytes, ring: tuple[Any, ...], wire: Any) -> None:
