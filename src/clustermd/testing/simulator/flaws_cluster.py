@@ -117,18 +117,9 @@ async def _no_message(self: Life, lo: int, hi: int) -> None:
     await self._own.set_window(lo, hi)
 
 
-@asynccontextmanager
-async def _right_for_all(self: Life, *, settles: bool = False) -> AsyncIterator[None]:
-    self._wanting += 1
-    self._right_requested.set()
-    try:
-        async with self._resyncing:
-            yield
-            if self._announced:
-                await self._finish_surely()
-    finally:
-        self._wanting -= 1
-        self.trace.point("resync.right_given", slot=self.slot)
+async def _right_for_all(self: Life) -> None:
+    """The right is taken by whoever wants it, without its lock."""
+    self._settles = self._ready.is_set() and self.all_settled
 
 
 async def _first_read_counts(self: Metadata, *, ours: bool = False, announced: int | None = None) -> None:
@@ -185,7 +176,7 @@ FLAWS = (
     flaw("I10", "does not write its window where joiners look", (OwnSlot, "set_window", _no_block)),
     flaw("I8", "acknowledges a window over writes in flight", (Array, "quiesce", _quiesce_nothing)),
     flaw("I8b", "copies without telling anybody", (Life, "announce", _no_message)),
-    flaw("I7", "copies without the resync right", (Life, "resync_right", _right_for_all)),
+    flaw("I7", "copies without the resync right", (Life, "_have_right", _right_for_all)),
     flaw("rule 6", "takes every answer for a good one", (Channel, "_answers", _believe_every_answer)),
     flaw("rule 6b", "does not read a superblock it is told of", (Array, "reload", _follow_nothing)),
     flaw("I12", "writes superblocks from memory", (Metadata, "reload", _first_read_counts)),
