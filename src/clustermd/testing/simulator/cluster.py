@@ -470,7 +470,14 @@ class SimCluster:
         if incarnation:
             lives = [self._lockds[node, incarnation]]
         else:
-            lives = [lockd for lockd in self.machines[node].lockds if not lockd.process.alive]
+            # whatever was there when it was fenced, also a life that goes on without its disks
+            fenced = proof.startswith(f"{self.plan.fencing}:")
+            lives = [
+                lockd
+                for lockd in self.machines[node].lockds
+                if not lockd.process.alive
+                or (fenced and all(attached.drained() for attached in lockd.witnesses))
+            ]
         for lockd in lives:
             if lockd.declared_dead:
                 continue
