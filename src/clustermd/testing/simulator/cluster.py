@@ -148,6 +148,7 @@ class SimCluster:
                 other.followed = True
                 for attached in other.witnesses:
                     self.on_ended(attached.array)  # perhaps nobody is left whom a proof could be told
+        lockd.boot = machine.boots  # it may have been wanted before the machine was started
         ended = [
             (other.port.me.incarnation, "nothing of it is left on its node")
             for other in former
