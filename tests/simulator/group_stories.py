@@ -78,7 +78,7 @@ def leases(seed: int) -> Plan:
 SCENARIOS = (
     Scenario("trap 1", "shown-before-majority", come_and_go, 4),
     Scenario("trap 2", "applied-outside-view", cut_in_two, 40),
-    Scenario("trap 2b", "shown-history-forks|incompatible-grant", cut_in_two, 20),
+    Scenario("trap 2b", "shown-history-forks|incompatible-grant", cut_in_two, 60),
     Scenario("trap 6", "incompatible-grant", fresh_majority, 20),
     Scenario("trap 7", "shown-before-majority", newcomer, 20),
     Scenario("trap 8", "shown-history-forks|incompatible-grant", two_cut, 20),
