@@ -63,7 +63,7 @@ def plan_install(
     `fenced_since` are the proofs that came in the order after the view. A plan without members means that all
     who have state must start anew, and the others wait for the view after that.
     """
-    names = {(member.node, member.incarnation): member.name for member in view.members}
+    names = {member.key: member.name for member in view.members}
     foreign = dict.fromkeys(
         (key for key in names if starts[key] is None),
         "this node's lock manager has another version or configuration than the others; install the same one",
@@ -205,7 +205,7 @@ def _until_proved(lost: Iterable[NodeKey], why: str) -> str:
 
 def _votes(view: View) -> dict[NodeKey, int]:
     """Each member's votes; one each where votes mean nothing."""
-    keys = [(member.node, member.incarnation) for member in view.members]
+    keys = [member.key for member in view.members]
     return dict(zip(keys, view.votes or [1] * len(keys), strict=True))
 
 

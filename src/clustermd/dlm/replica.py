@@ -180,7 +180,7 @@ class Replica:
             state["waiting_for_start"] = [
                 member.name
                 for member in self._view.members
-                if self._phase is Phase.STARTING and _key(member) not in self._starts
+                if self._phase is Phase.STARTING and member.key not in self._starts
             ]
             if self._phase is Phase.STARTING and self._waits:
                 state["waits"] = self._waits
@@ -195,12 +195,12 @@ class Replica:
             return
         for member, reason in view.left:
             if reason is Left.LEFT:
-                self._left.add(_key(member))
-                self._unfenced.discard(_key(member))
-            elif _key(member) not in self._fenced:
-                self._unfenced.add(_key(member))
+                self._left.add(member.key)
+                self._unfenced.discard(member.key)
+            elif member.key not in self._fenced:
+                self._unfenced.add(member.key)
         # who was missed and is back needs no proof, not even when it leaves in peace later
-        self._unfenced.difference_update(map(_key, view.members))
+        self._unfenced.difference_update(member.key for member in view.members)
         self._view = view
         self._starts = {}
         self._held = []
@@ -211,7 +211,7 @@ class Replica:
         self._awaited = 0
         self._unstable.clear()
         self._clients.new_ring()
-        if view.quorate and self._me in map(_key, view.members):
+        if view.quorate and self._me in (member.key for member in view.members):
             self._phase = Phase.STARTING
             self._trace.point("dlm.start", ring=view.ring, applied=self._machine.applied)
             self._to_send.append(pack(["start", CONFIG, list(view.ring), self._start().to_wire()]))
@@ -232,7 +232,7 @@ class Replica:
         except BadBytes as error:
             self._trace.point("dlm.bad_message", sender=sender.node, why=error.message)
             return
-        key = _key(sender)
+        key = sender.key
         match message:
             case ["start", config, ring, start]:
                 self._on_start(key, config, tuple(ring), start)
@@ -258,7 +258,7 @@ class Replica:
         self._index = index or self._index
         if self._phase is Phase.OVER:
             return
-        key = _key(member)
+        key = member.key
         self._unfenced.discard(key)
         self._fenced[key] = proof
         self._trace.point("dlm.fenced", node=member.node, proof=proof)
@@ -272,7 +272,7 @@ class Replica:
     @property
     def _me(self) -> NodeKey:
         assert self._group is not None, "attach() comes before the group's events"
-        return _key(self._group.me)
+        return self._group.me.key
 
     def _start(self) -> Start:
         machine = self._machine
@@ -303,7 +303,7 @@ class Replica:
 
     def _try_install(self) -> None:
         assert self._view is not None
-        if any(_key(member) not in self._starts for member in self._view.members):
+        if any(member.key not in self._starts for member in self._view.members):
             return
         plan = plan_install(self._view, self._starts, self._fenced)
         if isinstance(plan, str):
@@ -515,10 +515,6 @@ class Replica:
             self._busy = True
         except Refused as error:
             self._trace.point("dlm.not_sent", why=error.message)
-
-
-def _key(member: Member) -> NodeKey:
-    return member.node, member.incarnation
 
 
 def _is_of(answer: Answer, effect: Effect) -> bool:

@@ -24,6 +24,11 @@ class Member:
     incarnation: int
     name: str
 
+    @property
+    def key(self) -> tuple[int, int]:
+        """The life itself, without its name."""
+        return self.node, self.incarnation
+
 
 class Left(enum.Enum):
     """Why a member is gone. LEFT said so and held nothing; LOST must be fenced."""

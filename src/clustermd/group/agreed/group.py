@@ -279,7 +279,7 @@ class AgreedGroup:
         if self._tag is None or events is None:
             return
         keeps = events.installed
-        self._stability.told((self.me.node, self.me.incarnation), self._index, keeps)
+        self._stability.told(self.me.key, self._index, keeps)
         self._look()
         if self._owed > self._acked[0] or (keeps and not self._acked[1]):
             self._acked = (self._index, keeps)
@@ -587,7 +587,7 @@ class AgreedGroup:
         """A message of `sender` was told: who acknowledges it, and how soon?"""
         events = self._events
         assert events is not None
-        key = (sender.node, sender.incarnation)
+        key = sender.key
         if sender == self.me and self._covered == self._index - 1:
             self._covered = self._index  # all others count it so (`Stability.sent`)
         else:
@@ -614,7 +614,7 @@ class AgreedGroup:
         """`sender` said so, in the order."""
         if sender == self.me:
             self._covered = max(self._covered, index)
-        self._stability.told((sender.node, sender.incarnation), index, keeps)
+        self._stability.told(sender.key, index, keeps)
 
     def _look(self) -> None:
         stable = self._stability.look(not self._fencing.lost)
@@ -633,7 +633,7 @@ class AgreedGroup:
             case _ if self._tag is None or sender is None:
                 return
             case ["leave"]:
-                self._left.add((sender.node, sender.incarnation))
+                self._left.add(sender.key)
                 if sender == self.me and self._left_cleanly is not None:
                     done, self._left_cleanly = self._left_cleanly, None
                     done()
@@ -737,6 +737,6 @@ def _votes(members: tuple[Member, ...], nodes: dict[int, Configured]) -> dict[Ke
     votes: dict[Key, int] = {}
     counted: set[int] = set()
     for member in members:
-        votes[member.node, member.incarnation] = 0 if member.node in counted else nodes[member.node].votes
+        votes[member.key] = 0 if member.node in counted else nodes[member.node].votes
         counted.add(member.node)
     return votes

@@ -48,7 +48,7 @@ class Life:
 
     @property
     def key(self) -> Key:
-        return self.member.node, self.member.incarnation
+        return self.member.key
 
     def to_wire(self) -> list[Any]:
         return [self.member.node, self.member.incarnation, self.member.name, self.boot]

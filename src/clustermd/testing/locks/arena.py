@@ -126,7 +126,7 @@ class Storm:
             return False  # its node has begun another life
         elif not all(
             other.replica.installed
-            and _member_key(node) not in other.machine.members
+            and node.member.key not in other.machine.members
             and other.machine.epoch > node.machine.epoch
             for other in cluster.nodes.values()
         ):
@@ -327,10 +327,6 @@ def _cancel(client: Client, lock: int, status: int = ECANCEL) -> None:
         client.send("cancel", lock, status)
     else:
         client.send("unlock", lock, int(Flag.CANCEL), None)
-
-
-def _member_key(node: Node) -> tuple[int, int]:
-    return node.member.node, node.member.incarnation
 
 
 def _value(number: int) -> bytes:

@@ -72,7 +72,7 @@ class Node:
             raise LockRuleBroken("applied-while-frozen", f"{self.member.name} has installed no view")
         effects: list[Effect] = self.cluster.applied(self, entry)
         for effect in effects:
-            if effect.session[:2] == (self.member.node, self.member.incarnation):
+            if effect.session[:2] == self.member.key:
                 rises = isinstance(effect, (RecoverSlot, RecoverDone))
                 rises = rises or (isinstance(effect, Cast) and effect.rising)
                 self.clients[effect.session[2]].caused.append(self._index if rises else 0)
@@ -102,7 +102,7 @@ class Node:
 
     def client(self, label: str = "test") -> Client:
         number = self.replica.open_session(label, 1000 + self.member.node)
-        key = (self.member.node, self.member.incarnation, number)
+        key = (*self.member.key, number)
         due = self.cluster.history.frames.setdefault(key, [])
         name = f"{self.member.name}.{number}"
         client = Client(self, key, name, due)
@@ -223,7 +223,7 @@ class Cluster:
         for client in node.clients.values():
             client.lost = True
         if reason is Left.LEFT:
-            self.history.ended.left.add((node.member.node, node.member.incarnation))
+            self.history.ended.left.add(node.member.key)
         self.group.lose(node.member, reason, quorate=self.quorate)
 
     def cut(self, node: Node, own: int = 0) -> None:
@@ -247,7 +247,7 @@ class Cluster:
             client.lost = True
             client.release()
         (self.apart if node in self.apart else self.gone).remove(node)
-        self.history.ended.proved.add((node.member.node, node.member.incarnation))
+        self.history.ended.proved.add(node.member.key)
         self.group.fence(node.member)
 
     # ---- what must hold

@@ -355,9 +355,7 @@ class SimCluster:
         assert self.group is not None
         present = {port.me for port in self.group.ports()}
         by_key = {
-            (lockd.port.me.node, lockd.port.me.incarnation): lockd.port.me
-            for machine in self.machines.values()
-            for lockd in machine.lockds
+            lockd.port.me.key: lockd.port.me for machine in self.machines.values() for lockd in machine.lockds
         }
         for machine in self.machines.values():
             lockd = machine.lockd
