@@ -31,7 +31,16 @@ from clustermd.group.liveness import Bounds, PeerWatch
 from clustermd.group.order import Event, member_from_wire, member_to_wire, view_from_event
 from clustermd.group.orderlog import missed
 from clustermd.group.process import kill, start_time
-from clustermd.group.process_group import Busy, GroupEvents, Left, Member, View, Witness
+from clustermd.group.process_group import (
+    Busy,
+    GroupEvents,
+    Left,
+    Member,
+    View,
+    Witness,
+    check_size,
+    not_a_member,
+)
 from clustermd.group.sequencer_protocol import PROTOCOL, SEQUENCER_MODULE
 from clustermd.group.start import connect_or_start
 from clustermd.group.tasks import Tasks
@@ -90,12 +99,8 @@ class LocalGroup:
     def multicast(self, payload: bytes) -> None:
         """As `ProcessGroup.multicast`; queues while frozen."""
         if self._over or self._events is None:
-            raise Refused("not-a-member", f"{self.me.name} is no member of the group, so it can send nothing")
-        if len(payload) > self.max_payload:
-            raise Refused(
-                "payload-too-large",
-                f"a message has {len(payload)} bytes, the group carries {self.max_payload} at most",
-            )
+            raise not_a_member(self.me)
+        check_size(payload, self.max_payload)
         if len(self._unordered) >= QUEUE_LIMIT or self._unordered_bytes >= QUEUE_BYTES:
             raise Busy(f"{len(self._unordered)} messages wait to be ordered")
         self._seq += 1
@@ -143,9 +148,7 @@ class LocalGroup:
         self._tasks.cancel()
         for _, future in self._asked.values():
             if not future.done():
-                future.set_exception(
-                    Refused("not-a-member", f"{self.me.name} is no member any more: {reason}")
-                )
+                future.set_exception(not_a_member(self.me, reason))
         self._asked.clear()
 
     def vouch(self, name: str, words: str) -> None:
@@ -365,7 +368,7 @@ class LocalGroup:
 
     async def _ask(self, word: str, *arguments: Any, at_once: bool = False) -> None:
         if self._over:
-            raise Refused("not-a-member", f"{self.me.name} is no member any more: {self.frozen}")
+            raise not_a_member(self.me, self.frozen)
         self._request += 1
         request = self._request
         frame: Frame = [word, request, *arguments]

@@ -11,6 +11,8 @@ import enum
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from clustermd.errors import Refused
+
 
 class Busy(Exception):
     """The group's queue is full; try again after the next delivery."""
@@ -77,6 +79,21 @@ class GroupEvents(Protocol):
 
         `index` is its place among the messages of the ring; 0 if it comes with a view, or is stable as it is told.
         """
+
+
+def not_a_member(me: Member, why: str = "") -> Refused:
+    """The refusal of whatever only a member can do."""
+    words = f"any more: {why}" if why else "of the group, so it can send nothing"
+    return Refused("not-a-member", f"{me.name} is no member {words}")
+
+
+def check_size(payload: bytes, most: int) -> None:
+    """Raises Refused ("payload-too-large") for more than a group carries in one message."""
+    if len(payload) > most:
+        raise Refused(
+            "payload-too-large",
+            f"a message has {len(payload)} bytes, the group carries {most} at most",
+        )
 
 
 @dataclass(frozen=True, slots=True)

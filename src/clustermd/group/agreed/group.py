@@ -48,7 +48,7 @@ from clustermd.group.agreed.hello import (
 )
 from clustermd.group.agreed.lease import Lease
 from clustermd.group.agreed.stability import Stability
-from clustermd.group.process_group import Busy, GroupEvents, Left, Member, View
+from clustermd.group.process_group import Busy, GroupEvents, Left, Member, View, check_size, not_a_member
 from clustermd.trace import Trace
 
 MAX_PAYLOAD_BYTES = 60 << 10
@@ -178,12 +178,8 @@ class AgreedGroup:
     def multicast(self, payload: bytes) -> None:
         """As `ProcessGroup.multicast`."""
         if self._over or self._events is None:
-            raise Refused("not-a-member", f"{self.me.name} is no member of the group, so it can send nothing")
-        if len(payload) > self.max_payload:
-            raise Refused(
-                "payload-too-large",
-                f"a message has {len(payload)} bytes, the group carries {self.max_payload} at most",
-            )
+            raise not_a_member(self.me)
+        check_size(payload, self.max_payload)
         if self._tag is None:
             raise Busy("the membership is changing")
         if len(self._under_way) >= WINDOW:
@@ -382,9 +378,8 @@ class AgreedGroup:
     def _say_proofs(self) -> None:
         if self._tag is None:
             return
-        alone = sum(self.view.votes) < self._majority
         for key, words in self._fencing.to_say():
-            if alone and key[1] and key not in self._kept:
+            if not self._stability.by_majority and key[1] and key not in self._kept:
                 # a majority remembers by itself; and there, a life whose end was not told yet may be a member again
                 self._kept.add(key)
                 self._on_proof(key, words)
@@ -537,9 +532,8 @@ class AgreedGroup:
             self._fencing.proved(key)
             self._tell_fenced(life.member, words)
         were_here = {life.key for hello in self._hellos.values() for life in hello.last}
-        contested = sum(votes.values()) < self._majority
         nodes = tuple(member.node for member in members)
-        self._fencing.view(lost, nodes, now_s, were_here, contested=contested)
+        self._fencing.view(lost, nodes, now_s, were_here, contested=not self._stability.by_majority)
         self._say_proofs()
         if self._left_cleanly is not None:
             self._send(control(["leave"]))

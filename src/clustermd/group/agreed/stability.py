@@ -19,11 +19,15 @@ from clustermd.group.agreed.hello import Key
 
 
 class Stability:
-    """Of one view: `votes` of its members, and the `majority` of all configured votes."""
+    """Of one view: `votes` of its members, and the `majority` of all configured votes.
+
+    `by_majority`: those present are one, so their votes prove something.
+    """
 
     def __init__(self, votes: Mapping[Key, int], majority: int) -> None:
         self._votes = dict(votes)
         self._majority = majority
+        self.by_majority = sum(self._votes.values()) >= majority
         self._told: dict[Key, tuple[int, bool]] = dict.fromkeys(votes, (0, False))
         self.stable = 0
 
@@ -50,7 +54,7 @@ class Stability:
         late, and counts where one of these is silent.
         """
         order = sorted(self._votes)
-        if sender not in self._votes or sum(self._votes.values()) < self._majority:
+        if sender not in self._votes or not self.by_majority:
             return True
         start = order.index(sender)
         votes = self._votes[sender]
@@ -70,7 +74,7 @@ class Stability:
         """The newly stable index, or None if there is none. See the module for the argument."""
         keeping = [(index, self._votes[key]) for key, (index, keeps) in self._told.items() if keeps]
         index = 0
-        if sum(self._votes.values()) >= self._majority:
+        if self.by_majority:
             index = held_by(self._majority, keeping)
         elif everybody_else_proved and len(keeping) == len(self._votes):
             index = min(keeping)[0]

@@ -19,5 +19,5 @@ def kill_node(node: int, reason: str) -> None:
     initialize = function(SONAME, "corosync_cfg_initialize", ctypes.POINTER(Handle), ctypes.c_void_p)
     kill = function(SONAME, "corosync_cfg_kill_node", Handle, ctypes.c_uint, ctypes.c_char_p)
     with closing(Connection(SONAME, "corosync_cfg")) as connection:
-        connection.opened("corosync_cfg_initialize", initialize(ctypes.byref(connection.handle), None))
+        connection.open("corosync_cfg_initialize", lambda: initialize(ctypes.byref(connection.handle), None))
         check("corosync_cfg_kill_node", kill(connection.handle, node, reason.encode()))

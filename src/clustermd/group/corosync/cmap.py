@@ -29,7 +29,7 @@ class Cmap:
         initialize = function(SONAME, "cmap_initialize", ctypes.POINTER(Handle))
         self._connection = Connection(SONAME, "cmap")
         handle = self._connection.handle
-        self._connection.opened("cmap_initialize", initialize(ctypes.byref(handle)))
+        self._connection.open("cmap_initialize", lambda: initialize(ctypes.byref(handle)))
 
     def uint32(self, key: str) -> int | None:
         """A key of type u32."""

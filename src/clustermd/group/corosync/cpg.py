@@ -150,9 +150,9 @@ class Cpg:
         )
         self._vector = IoVector()
         handle = self._connection.handle
-        self._connection.opened(
+        self._connection.open(
             "cpg_model_initialize",
-            initialize(ctypes.byref(handle), _MODEL_V1, ctypes.byref(self._model), None),
+            lambda: initialize(ctypes.byref(handle), _MODEL_V1, ctypes.byref(self._model), None),
         )
         try:
             self.local_node: int = self._number("cpg_local_get")

@@ -36,7 +36,7 @@ from clustermd.group.endings import Ending, Endings
 from clustermd.group.incarnations import Incarnation, Incarnations
 from clustermd.group.liveness import Bounds
 from clustermd.group.process import boot_id, start_time
-from clustermd.group.process_group import Member, View, Witness
+from clustermd.group.process_group import Member, View, Witness, not_a_member
 from clustermd.group.proof import beside_loop
 from clustermd.group.registrar import Registrar
 from clustermd.group.tasks import Tasks
@@ -154,7 +154,7 @@ class CorosyncGroup:
     def multicast(self, payload: bytes) -> None:
         """As `ProcessGroup.multicast`."""
         if self._agreed is None:
-            raise Refused("not-a-member", f"{self.me.name} is no member of the group, so it can send nothing")
+            raise not_a_member(self.me)
         self._agreed.multicast(payload)
 
     async def register_witness(self, witness: Witness) -> None:

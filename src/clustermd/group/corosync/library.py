@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,9 @@ Handle = ctypes.c_uint64
 DISPATCH_ONE_NONBLOCKING = 4
 AT_MOST = 256
 """Messages that one `dispatch` delivers at most, so that clients' sockets are looked at in between."""
+PATIENCE_S = 5.0
+"""How long a corosync that is just starting may tell us to try again."""
+_PAUSE_S = 0.05
 
 
 @functools.cache
@@ -54,6 +58,18 @@ def function(soname: str, name: str, *arguments: Any) -> Callable[..., int]:
     return found  # type: ignore[no-any-return]
 
 
+def patiently(call: Callable[[], int]) -> int:
+    """The answer of `call`; asked again for `PATIENCE_S` while that is TRY_AGAIN.
+
+    corosync answers so on its sockets from its start until its first membership stands. Blocks, as the first
+    calls of a connection do anyway.
+    """
+    until_s = time.monotonic() + PATIENCE_S
+    while (status := call()) == Status.TRY_AGAIN and time.monotonic() < until_s:
+        time.sleep(_PAUSE_S)
+    return status
+
+
 class Connection:
     """One connection of one of the libraries: its handle, its descriptor and the exceptions of its callbacks."""
 
@@ -67,11 +83,12 @@ class Connection:
         self._fd_get = function(soname, f"{prefix}_fd_get", Handle, ctypes.POINTER(ctypes.c_int))
         self._descriptor = -1
 
-    def opened(self, call: str, status: int) -> None:
-        """`status` answered the call that fills `handle`. Raises CorosyncRefused if it failed."""
+    def open(self, name: str, initialize: Callable[[], int]) -> None:
+        """Make the connection: `initialize` is the call `name` that fills `handle`. Raises CorosyncRefused."""
+        status = patiently(initialize)
         if status != Status.OK:
             self.closed = True
-            raise refusal(call, status, connecting=True)
+            raise refusal(name, status, connecting=True)
         descriptor = ctypes.c_int(-1)
         check(f"{self.prefix}_fd_get", self._fd_get(self.handle, ctypes.byref(descriptor)))
         self._descriptor = descriptor.value

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from clustermd.group.corosync.errors import CorosyncRefused, Status, refusal
-from clustermd.group.corosync.library import Connection, Handle, function
+from clustermd.group.corosync.library import Connection, Handle, function, patiently
 
 SONAME = "libquorum.so.5"
 _MODEL_V1 = 1
@@ -61,9 +61,9 @@ class Quorum:
         self._model = Model(_MODEL_V1, QUORUM(self._connection.guard(self._changed)), None)
         provider = ctypes.c_uint32(0)
         handle = self._connection.handle
-        self._connection.opened(
+        self._connection.open(
             "quorum_model_initialize",
-            initialize(
+            lambda: initialize(
                 ctypes.byref(handle), _MODEL_V1, ctypes.byref(self._model), ctypes.byref(provider), None
             ),
         )
@@ -75,7 +75,7 @@ class Quorum:
                     "put 'provider: corosync_votequorum' into quorum { } of corosync.conf on all nodes "
                     "and restart corosync",
                 )
-            status = track(handle, _CURRENT_AND_CHANGES)
+            status = patiently(lambda: track(handle, _CURRENT_AND_CHANGES))
             if status != Status.OK:
                 raise refusal("quorum_trackstart", status, connecting=True)
         except BaseException:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clustermd.group.corosync.errors import Status, refusal
-from clustermd.group.corosync.library import Connection, Handle, function
+from clustermd.group.corosync.library import Connection, Handle, function, patiently
 
 SONAME = "libvotequorum.so.8"
 _NAME_MAX = 255
@@ -107,12 +107,12 @@ class Votequorum:
         self._connection = Connection(SONAME, "votequorum")
         self._callbacks = Callbacks(None, EXPECTED(self._connection.guard(self._expected)), None)
         handle = self._connection.handle
-        self._connection.opened(
-            "votequorum_initialize", initialize(ctypes.byref(handle), ctypes.byref(self._callbacks))
+        self._connection.open(
+            "votequorum_initialize", lambda: initialize(ctypes.byref(handle), ctypes.byref(self._callbacks))
         )
         if on_expected_votes is None:
             return
-        status = track(handle, 0, _CHANGES)
+        status = patiently(lambda: track(handle, 0, _CHANGES))
         if status != Status.OK:
             self._connection.close()
             raise refusal("votequorum_trackstart", status, connecting=True)
