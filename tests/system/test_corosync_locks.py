@@ -57,6 +57,13 @@ def check_turns(locks: Locks, *names: str) -> None:
     assert tuple(turns) == names, turns
 
 
+def test_a_lockd_runs_before_ordinary_processes(cluster: ArrayCluster) -> None:
+    """A busy host must not make its node late: corosync would count it as a machine that hangs."""
+    for machine in cluster.nodes:
+        [lockd] = cluster.local.processes(node=machine.name, role="lockd")
+        assert os.sched_getscheduler(lockd.pid) & ~os.SCHED_RESET_ON_FORK == os.SCHED_RR
+
+
 def test_one_machine_at_a_time_and_all_know_whose_turn_it_is(cluster: ArrayCluster, locks: Locks) -> None:
     first, [pid] = locks.hold("node1", "echo $$; exec sleep 1000", name="backup")
     refused = locks.run("node3", "lock", "backup", "--nonblock", "--", "true")

@@ -57,9 +57,11 @@ LOCK_MAX = (1 << 64) - 1
 SLOTS_MAX = 4096
 LVB_BYTES_MAX = 4096
 
+_PACKER = msgpack.Packer(use_bin_type=True)
+
 
 def pack(value: Any) -> bytes:
-    packed: bytes = msgpack.packb(value, use_bin_type=True)
+    packed: bytes = _PACKER.pack(value)
     return packed
 
 

@@ -38,6 +38,7 @@ from clustermd.group.tasks import Tasks
 from clustermd.lockd.fence_actor import FenceActor
 from clustermd.lockd.node_lease import NodeLease
 from clustermd.lockd.protocol import LOCKD_MODULE, PROTOCOL
+from clustermd.lockd.realtime import ask_for_realtime
 from clustermd.lockd.sessions import SessionState
 from clustermd.lockd.waits import Waits
 from clustermd.rundir import RunDir
@@ -443,6 +444,8 @@ async def _serve(stop: asyncio.Event, ready: Callable[[], None]) -> None:
     """One life, begun under the file lock: nothing of this node is touched while another lockd has it."""
     conf = Conf.load()
     bounds = Bounds.from_environment(conf)
+    if conf.clustered:
+        ask_for_realtime()
     await Lockd(RunDir.from_environment(), conf, bounds, SystemClock(), Trace()).run(stop, ready)
 
 
