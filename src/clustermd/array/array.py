@@ -216,6 +216,7 @@ class Array:
         """Begin a life: join, check that we see what others use, mark the array active, serve."""
         state = self.state
         self._lost.clear()
+        self._forget_former_life()
         state.settled = not self.coordinator.clustered and not state.read_only
         if state.read_only:
             await self.slots.load_for_reading()
@@ -362,6 +363,10 @@ class Array:
                 op.waiters = []
             op.waiters.append(partial(_resolve, gone))
             await gone
+
+    def _forget_former_life(self) -> None:
+        """Nobody of it is left who would end its reasons to keep requests: a join may fail while it has some."""
+        self._no_contact = self._in_doubt = ""
 
     def hold(self, reason: str) -> None:
         """Contact is lost for now: requests are kept, what is queued waits at the gate."""

@@ -336,8 +336,8 @@ class Life:
         except (Refused, OSError) as error:
             if isinstance(error, ClusterLost):
                 raise
-            if isinstance(error, Refused) and error.code in OUTVOTED:
-                return errno.EIO  # this life is over
+            if self._over or (isinstance(error, Refused) and error.code in OUTVOTED):
+                return errno.EIO  # what a life that is over could not read says nothing about the next one
             if "reload" not in self._tasks:
                 self._reloads = 0
             self.array.doubt(f"the superblocks cannot be confirmed: {error}")

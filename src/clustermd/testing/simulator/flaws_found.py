@@ -34,6 +34,7 @@ from clustermd.testing.simulator.flaws import flaw, patched
 _copy, _adopt, _reload, _end_sessions = Resync._copy, Metadata._adopt, Metadata.reload, Engine.end_sessions
 _grant_converting, _failed = Resource._grant_converting, Reader.failed
 _stop_in_order, _stop_recording, _leave = Array._stop_in_order, Faults.stop, Life.leave
+_follow = Life._reload
 
 
 # --- undecided data and bad sectors -----------------------------------------------------------------------------
@@ -171,6 +172,13 @@ async def _looks_once_who_is_there(self: Life, handover: bool) -> None:
     elif self._announced:
         await self._finish()
     await _leave(self, False)
+
+
+async def _doubts_when_it_is_over(self: Life, announced: int) -> int:
+    result = await _follow(self, announced)
+    if result and self._over:
+        self.array.doubt("the superblocks cannot be confirmed")
+    return result
 
 
 async def _stops_the_present_record_only(self: Faults) -> None:
@@ -316,6 +324,12 @@ FLAWS = (
         "last-sweep-finds-a-fault",
         "a fault that the last sweep before a stop finds is recorded nowhere",
         (Array, "_stop_in_order", _records_before_the_last_sweep_only),
+    ),
+    flaw(
+        "doubt-outlives-its-life",
+        "what a life could not read before its end keeps the requests of the next one, for ever",
+        (Array, "_forget_former_life", lambda self: None),
+        (Life, "_reload", _doubts_when_it_is_over),
     ),
     flaw(
         "sweep-ends-silently",
