@@ -44,6 +44,7 @@ ELSEWHERE = {
     "one-node-blocks-all",
     "right-asked-for-too-early",
     "settled-before-the-joiner-copied",
+    "window-of-a-former-owner",
 }
 
 

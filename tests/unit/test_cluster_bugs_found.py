@@ -24,12 +24,14 @@ from array_kit import (
     superblock_of,
     until,
 )
-from cluster_in_process import InProcessCluster, cluster_of
+from cluster_in_process import InProcessCluster, Node, cluster_of, settled
 from faulty_submitter import Fault
 from flaws import both_ways, flaw, patches_of, patience
 
 from clustermd.cluster import life as life_module
 from clustermd.cluster.life import Life
+from clustermd.cluster.messages import SlotBlock
+from clustermd.cluster.slot_lock import OwnSlot
 from clustermd.device.member_device import Op
 from clustermd.dlm.lockspace import Slot
 from clustermd.ondisk.superblock import ROLE_FAULTY
@@ -66,6 +68,104 @@ def test_a_joiner_does_not_take_a_lost_value_block_for_no_window(
             assert ("join.merged", {"slot": 0}) in two.events[:begun], "it serves without the bits"
 
     with flaw(flawed, "serves without the bits", *patches_of("lost-value-block-is-no-window")):
+        run(story())
+
+
+async def opens_a_window(node: Node) -> Any:
+    """`node` announces [0, 1024), and never comes to its end. Keep what is returned: that is the resync right."""
+    right = node.array.coordinator.resync_right()
+    await right.__aenter__()
+    await node.array.coordinator.announce(0, 1024)
+    return right
+
+
+@both_ways
+def test_a_joiner_reads_again_when_members_change_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flawed: bool
+) -> None:
+    """While it reads a window its owner dies, is taken over, and comes back: nobody will end that window."""
+    paths = clustered(tmp_path)
+    right = life_module.read_block
+
+    async def story() -> None:
+        async with cluster_of(2, paths) as cluster:
+            await settled(cluster)
+            one, two = cluster.nodes[1], cluster.nodes[2]
+            kept = await opens_a_window(one)
+            back: list[asyncio.Task[None]] = []
+
+            async def slowly(lockspace: Any, slot: int) -> Any:
+                block = await right(lockspace, slot)
+                if slot == 0 and not back:
+                    assert block.hi
+                    await cluster.kill(1)
+                    await until(lambda: "takeover.done" in two.names())
+                    again = cluster.add(1)
+                    back.append(asyncio.create_task(again.assemble(paths)))
+                    await until(lambda: "join.member" in again.names())
+                return block
+
+            monkeypatch.setattr(life_module, "read_block", slowly)
+            three = cluster.add(3)
+            await asyncio.wait_for(three.assemble(paths), 20)
+            await back[0]
+            assert not three.array.state.windows.any, "a window of an earlier life"
+            del kept
+
+    with flaw(flawed, "of an earlier life", *patches_of("window-of-a-former-owner")):
+        run(story())
+
+
+@pytest.mark.parametrize("dies", [False, True], ids=["left", "died"])
+@both_ways
+def test_a_joiner_meets_no_window_of_an_owner_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flawed: bool, dies: bool
+) -> None:
+    """The slot's next owner has the lock, and has not cleared the block yet, when the joiner looks."""
+    paths = clustered(tmp_path)
+    write, merge = OwnSlot._write, Life._merge
+    claimed, may_clear, may_merge = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def later(self: Life, slot: int) -> None:
+        await may_merge.wait()
+        await merge(self, slot)
+
+    async def slowly(self: OwnSlot, block: SlotBlock) -> None:
+        if self._lock.name == "bitmap0000" and block == SlotBlock():
+            claimed.set()
+            await may_clear.wait()
+        await write(self, block)
+
+    async def story() -> None:
+        async with cluster_of(2, paths) as cluster:
+            await settled(cluster)
+            one, two = cluster.nodes[1], cluster.nodes[2]
+            life: Any = two.array.coordinator._life  # type: ignore[attr-defined]
+            keeper = await life._lockspace.lock("bitmap0000", value_block=True)  # the resource lives on
+            kept = await opens_a_window(one)
+            if dies:
+                await cluster.kill(1)
+                await until(lambda: "takeover.done" in two.names())
+            else:
+                monkeypatch.setattr(Life, "_merge", later)
+                one.array.faults.fail(1 << 1, "the test says so")
+                await one.client.write(30 * CHUNK, b"1" * BLOCK)
+                await asyncio.wait_for(one.array.stop(), 20)
+                assert "leave.announced" in one.names()
+            monkeypatch.setattr(OwnSlot, "_write", slowly)
+            back = asyncio.create_task(cluster.add(1).assemble(paths))
+            await claimed.wait()
+            three = cluster.add(3)
+            joining = asyncio.create_task(three.assemble(paths))
+            await until(lambda: any(name == "join.window" for name, _ in three.events))
+            may_clear.set()
+            may_merge.set()
+            await asyncio.wait_for(asyncio.gather(back, joining), 20)
+            assert not three.array.state.windows.any, "a window of an earlier life"
+            await keeper.unlock()
+            del kept
+
+    with flaw(flawed, "of an earlier life", *patches_of("window-of-a-former-owner")):
         run(story())
 
 

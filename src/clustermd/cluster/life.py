@@ -23,7 +23,7 @@ from typing import Protocol
 from clustermd.array.coordinator import ArraySide
 from clustermd.cluster.channel import Channel
 from clustermd.cluster.messages import Message, MessageType
-from clustermd.cluster.slot_lock import OwnSlot, read_block, slot_lock_name, try_vacant
+from clustermd.cluster.slot_lock import OwnSlot, forget_window, read_block, slot_lock_name, try_vacant
 from clustermd.dlm.lockspace import Lock, Lockspace, LockspaceEvents, Slot
 from clustermd.dlm.modes import Mode
 from clustermd.errors import ClusterLost, Refused
@@ -140,11 +140,15 @@ class Life:
                 self.trace.point("join.merged", slot=slot)
                 return
             if any(member.slot == slot + 1 for member in self._lockspace.slots):
+                generation = self._lockspace.generation
                 async with self.channel.receiving:  # no message may overtake what is read here
                     block = await read_block(self._lockspace, slot)
                     if slot in self.takeovers & self._gone:
                         continue  # its owner died before we looked: its window stays until its bits are ours
-                    self.array.set_window(slot, block.lo, block.hi)
+                    if block.hi and generation != self._lockspace.generation:
+                        continue  # that may be of who had the slot before, and nobody would ever end its window
+                    if block.hi:  # no window there ends none (rule 4): who leaves clears its block
+                        self.array.set_window(slot, block.lo, block.hi)
                     self.trace.point("join.window", slot=slot, lo=block.lo, hi=block.hi)
                 return
             # Neither vacant nor a member's: somebody takes it over at this moment. Look again, and do not queue for PW:
@@ -436,6 +440,7 @@ class Life:
             self.trace.point("takeover.locked", slot=slot)
             chunks = await self.array.merge_slot(slot)
             self._end_window(slot, "merged")
+            forget_window(lock)  # who reads the slot's block from now on may take it for the next owner's
             if chunks:
                 # Our request for the resync right is queued before any survivor that finds this slot
                 # empty can queue its own: nobody takes the array for settled before these are copied.

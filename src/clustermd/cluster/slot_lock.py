@@ -2,7 +2,8 @@
 
 Its value block carries the owner's resync window and its last answer. Only the owner writes it, by converting
 PW to PW; others read it under CR, which goes with PW. An owner clears it when it joins, so that nobody meets the
-window of an earlier life (F38).
+window of an earlier life (F38). That alone would be too late: a new owner is a member before it has the lock, and a
+joiner may look between the two. So whoever ends a life, its owner that leaves or who took it over, leaves no window.
 """
 
 from __future__ import annotations
@@ -53,7 +54,15 @@ class OwnSlot:
         self.block = block
 
     async def release(self) -> None:
+        """Give the slot up, and no window with it: whoever heard of one keeps it until our bits are taken over."""
+        forget_window(self._lock)
         await self._lock.unlock()
+
+
+def forget_window(lock: Lock) -> None:
+    """Leave no window in the block of a slot's lock that is held in PW, once it is freed (that writes the block)."""
+    assert lock.lvb is not None
+    lock.lvb[:] = replace(SlotBlock.from_bytes(lock.lvb), lo=0, hi=0).to_bytes()
 
 
 async def read_block(lockspace: Lockspace, slot: int) -> SlotBlock:

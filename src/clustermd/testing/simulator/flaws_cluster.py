@@ -12,6 +12,8 @@ from clustermd.array.array import Array
 from clustermd.array.member import Member
 from clustermd.array.metadata import Metadata
 from clustermd.array.windows import Windows
+from clustermd.cluster import life as life_module
+from clustermd.cluster import slot_lock as slot_lock_module
 from clustermd.cluster.channel import Channel
 from clustermd.cluster.cluster import Cluster
 from clustermd.cluster.life import Life
@@ -172,7 +174,13 @@ FLAWS = (
     flaw("F20b", "processes a message as often as it is woken", (Channel, "_last_sequence", _never)),
     flaw("F21", "serves although a slot's window could not be read", (Life, "_gather", _gather_or_not)),
     flaw("F34", "ends a window without waking who waits", (Windows, "end", _end_silently)),
-    flaw("F38", "keeps the window of the slot's former owner", (OwnSlot, "_write", _not_when_it_joins)),
+    flaw(
+        "F38",
+        "keeps the window of the slot's former owner",
+        (OwnSlot, "_write", _not_when_it_joins),
+        (life_module, "forget_window", lambda lock: None),
+        (slot_lock_module, "forget_window", lambda lock: None),
+    ),
     flaw("I10", "does not write its window where joiners look", (OwnSlot, "set_window", _no_block)),
     flaw("I8", "acknowledges a window over writes in flight", (Array, "quiesce", _quiesce_nothing)),
     flaw("I8b", "copies without telling anybody", (Life, "announce", _no_message)),

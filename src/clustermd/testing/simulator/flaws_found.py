@@ -18,10 +18,11 @@ from clustermd.array.metadata import Metadata
 from clustermd.array.read import Reader, ReadOp
 from clustermd.array.resync import Resync
 from clustermd.cluster import life as life_module
+from clustermd.cluster import slot_lock as slot_lock_module
 from clustermd.cluster.cluster import Cluster
 from clustermd.cluster.life import Life
 from clustermd.cluster.messages import Message, MessageType
-from clustermd.cluster.slot_lock import read_block, slot_lock_name, try_vacant
+from clustermd.cluster.slot_lock import slot_lock_name, try_vacant
 from clustermd.device.helpers import read_bytes
 from clustermd.device.member_device import MemberDevice, Submitter
 from clustermd.dlm.engine import Engine
@@ -70,7 +71,7 @@ def _gathers(queues: bool, believes: bool) -> Any:
                 return
             if any(member.slot == slot + 1 for member in self._lockspace.slots):
                 async with self.channel.receiving:
-                    block = await read_block(self._lockspace, slot)
+                    block = await life_module.read_block(self._lockspace, slot)  # type: ignore[attr-defined]
                     if slot in self.takeovers & self._gone and not believes:
                         continue
                     self.array.set_window(slot, block.lo, block.hi)
@@ -284,6 +285,13 @@ FLAWS = (
         "lost-value-block-is-no-window",
         "a joiner believes the lost value block of an owner that died",
         (Life, "_gather", _gathers(queues=False, believes=True)),
+    ),
+    flaw(
+        "window-of-a-former-owner",
+        "a slot's block keeps the window of who is gone, and a joiner takes it for that of the slot's next owner",
+        (Life, "_gather", _gathers(queues=False, believes=False)),
+        (life_module, "forget_window", lambda lock: None),
+        (slot_lock_module, "forget_window", lambda lock: None),
     ),
     flaw(
         "start-refused-takes-over",
