@@ -31,7 +31,10 @@ from which on its own death need not be heard of, for all that it had in flight 
 
 @dataclass(slots=True, eq=False)
 class Death:
-    """An array process that died. `proved_s` is when its end was proved, below 0 before that."""
+    """An array process that died. `proved_s` is when its end was proved, below 0 before that.
+
+    `slot` is below 0 if it was leaving, with nothing in flight. Requests that were kept at its gate may be unanswered.
+    """
 
     array: ArrayProcess
     writes: list[Write]
@@ -41,8 +44,8 @@ class Death:
     links: tuple[SimLink, ...] = ()  # of a process that lives on: over when nothing of that life can land
 
     def known_to(self, other: ArrayProcess) -> bool:
-        """Whether `other` has heard of it, or joined after it was all over."""
-        if other.joined_s > self.proved_s:
+        """Whether `other` has heard of it or need not hear, or joined after it was all over."""
+        if self.slot < 0 or other.joined_s > self.proved_s:
             return True
         return any(at_s >= self.since_s and slot == self.slot for at_s, slot in other.heard)
 
