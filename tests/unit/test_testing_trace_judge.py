@@ -307,6 +307,41 @@ def test_the_locks_of_a_node_that_is_fenced_are_free() -> None:
     assert s.granted("two", "token", "EX").lives_on("one").rules() == []
 
 
+def _died_and_is_back(*, drained: bool = True) -> Story:
+    """Node one has not heard yet that the former life of node two is dead."""
+    s = Story().pair().say("two", "process.died")
+    if drained:
+        s.say("two", "process.drained")
+    return s.joins("two", 1)
+
+
+def test_who_hears_late_of_a_death_is_not_told_of_the_next_one_in_that_slot() -> None:
+    s = _died_and_is_back().say("two", "process.died")
+    assert s.say("one", "cluster.lost", slot=1, node="two").rules() == []
+    assert s.say("one", "cluster.lost", slot=1, node="two").rules() == ["taken-for-dead-early"]
+
+
+def test_the_life_that_is_taken_for_dead_early_need_not_be_the_last_one() -> None:
+    s = _died_and_is_back(drained=False)  # which breaks other rules, too
+    assert s.say("one", "cluster.lost", slot=1, node="two").rules()[-1] == "taken-for-dead-early"
+
+
+def test_who_began_after_a_slot_was_given_on_is_told_of_its_new_owner() -> None:
+    s = _died_and_is_back().joins("three", 2, nodes=3).say("two", "process.died")
+    assert s.say("three", "cluster.lost", slot=1, node="two").rules() == ["taken-for-dead-early"]
+
+
+def test_of_a_life_that_left_in_order_nobody_is_told() -> None:
+    s = Story().pair().say("two", "leave.unlocking", slot=1).given("two", "bitmap0001", "IV", "PW")
+    s.say("two", "leave.done").say("two", "life.over").joins("two", 1).say("two", "process.died")
+    assert s.say("one", "cluster.lost", slot=1, node="two").rules() == ["taken-for-dead-early"]
+
+
+def test_a_life_does_not_end_when_somebody_hears_late_of_the_one_before_it() -> None:
+    s = _died_and_is_back().granted("two", "token", "EX").say("one", "cluster.lost", slot=1, node="two")
+    assert s.granted("one", "token", "EX").lives_on("two").rules() == ["incompatible-grant"]
+
+
 def test_locks_count_after_the_session_is_lost_until_nothing_is_in_flight() -> None:
     s = Story().pair().granted("one", "token", "EX").say("one", "lock.lost", reason="the lockd is gone")
     s.say("one", "array.lost", slot=0)

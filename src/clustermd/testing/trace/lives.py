@@ -36,9 +36,11 @@ class Life:
 
     node: str
     serial: int
+    began: int  # the number of the event with which it did
     slot: int = -1
     nodes: int = 0
     joined: bool = False
+    seated: int = 0  # the number of the event that shows it its slot
     loaded: bool = False
     gathered: bool = False
     armed: int = 0  # the number of the event from which on it must process every message
@@ -50,6 +52,7 @@ class Life:
     over: bool = False
     answered: int = 0  # the sequence number of the last message it processed
     seen_slots: set[int] = field(default_factory=set)
+    told_to: set[Life] = field(default_factory=set)  # who has heard that it is dead
     holds: dict[tuple[str, str, int], int] = field(default_factory=dict)  # (space, resource, lock) -> mode
     suspicions: list[Violation] = field(default_factory=list)
 
@@ -86,6 +89,7 @@ class Lives:
         "lock.lost",
         "lock.left",
         "leave.deaf",
+        "leave.done",
         "life.over",
         "cluster.lost",
         "process.died",
@@ -96,8 +100,10 @@ class Lives:
         self.of: dict[str, Life] = {}
         self.all: dict[Life, None] = {}  # those that are not over, in the order of their begin
         self.suspects: set[str] = set()
+        self.meant: list[Life] = []  # whose death the last `cluster.lost` may tell of, oldest first
         self._serial = 0
         self._owners: dict[int, Life] = {}
+        self._seats: dict[tuple[str, int], list[Life]] = {}  # by node and slot, but who left in order
         self._steps = {name: getattr(self, f"_{name.replace('.', '_')}") for name in self.names}
 
     def see(self, event: Event) -> Iterable[Violation]:
@@ -147,7 +153,7 @@ class Lives:
     def _session_begin(self, event: Event, life: Life | None) -> None:
         self._trace_begin(event, life)
         self._serial += 1
-        life = self.of[event.node] = Life(event.node, self._serial)
+        life = self.of[event.node] = Life(event.node, self._serial, event.number)
         self.all[life] = None
 
     def _join_member(self, event: Event, life: Life | None) -> None:
@@ -155,6 +161,8 @@ class Lives:
             life.joined = True
             life.slot = event.fields["slot"]
             life.nodes = event.fields.get("nodes", 0)
+            life.seated = event.number
+            self._seats.setdefault((life.node, life.slot), []).append(life)
 
     def _join_armed(self, event: Event, life: Life | None) -> None:
         if life is not None:
@@ -215,13 +223,40 @@ class Lives:
         if life is not None:
             life.deaf = True
 
+    def _leave_done(self, event: Event, life: Life | None) -> None:
+        if life is None:
+            return
+        seated = self._seats.get((life.node, life.slot), [])
+        if life in seated:
+            seated.remove(life)
+
     def _life_over(self, event: Event, life: Life | None) -> None:
         self._end(life)
 
     def _cluster_lost(self, event: Event, life: Life | None) -> None:
-        owner = self._owners.get(event.fields["slot"])
-        if owner is not None and owner.node == event.fields["node"]:
-            self._end(owner)
+        slot, node = event.fields["slot"], event.fields["node"]
+        self.meant = self._may_be_meant(self._seats.get((node, slot), []), life)
+        if self.meant and life is not None:
+            self.meant[0].told_to.add(life)
+        owner = self._owners.get(slot)
+        if owner is None or owner.node != node:
+            return
+        if any(other.dead and other.seated < owner.seated for other in self.meant):
+            return  # perhaps it is the former owner's death; where deaths are recorded the present one's is, too
+        self._end(owner)
+
+    @staticmethod
+    def _may_be_meant(seated: list[Life], hearer: Life | None) -> list[Life]:
+        """Of the lives that one node had in one slot, those whose death `hearer` may hear of now.
+
+        It hears of each at most once, in the order in which they had the slot. A member that hears everything late may
+        hear of one when the next has come and died as well: a majority is enough for that. A slot goes to somebody only
+        when it is settled who is told of its former owner, so who began after that is not told.
+        """
+        if hearer is None:
+            return list(seated)
+        first = max((place for place, life in enumerate(seated) if life.seated < hearer.began), default=0)
+        return [life for life in seated[first:] if life is not hearer and hearer not in life.told_to]
 
     def _process_died(self, event: Event, life: Life | None) -> None:
         if life is not None:

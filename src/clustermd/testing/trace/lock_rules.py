@@ -116,7 +116,8 @@ class StaleValueBlock(RuleOverLives):
 class TakenForDeadEarly(RuleOverLives):
     """Members learn of a death only when nothing of the dead process can land any more.
 
-    Only who records a whole cluster knows that moment (`process.drained`).
+    Only who records a whole cluster knows that moment (`process.drained`). What they learn may be the death of a
+    former life in that slot: then nothing is said.
     """
 
     rule = "taken-for-dead-early"
@@ -139,10 +140,13 @@ class TakenForDeadEarly(RuleOverLives):
                 del self._dying[dead]
             return ()
         slot, node = event.fields["slot"], event.fields["node"]
-        for dead, number in self._dying.items():
-            if dead.node == node and dead.slot == slot:
-                message = f"{event.node} is told that {node} in slot {slot} is dead, and what it sent can still land"
-                return (self.violation(event, message, number),)
+        meant = self.lives.meant
+        early = [life for life in meant if life in self._dying]
+        if early and all(life in self._dying or life.member for life in meant):
+            message = (
+                f"{event.node} is told that {node} in slot {slot} is dead, and what it sent can still land"
+            )
+            return (self.violation(event, message, self._dying[early[0]]),)
         return ()
 
 
