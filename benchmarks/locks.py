@@ -7,6 +7,8 @@ else wants (a pair):
 - `local`: clustermd's lock manager on the nodes of one machine;
 - `etcd`: transaction and delete, servers on a disk (`--directory`);
 - `redlock`: three Redis servers that keep nothing;
+- `... kept`: the same, with locks that stay with the program until somebody wants them, which here nobody does: what
+  one node uses again and again, and others seldom, costs that;
 - as information: `corosync udpu` (no encryption), `redlock disk` (appendfsync always), and `corosync alone`: the three
   messages that a pair takes on corosync, without any lock manager (`locks_floor`).
 
@@ -129,7 +131,7 @@ def _mark(reached: bool) -> str:
 
 async def benchmark(wanted: list[str], directory: Path, count: int, seconds: float) -> None:
     # only what `why_not` has looked for
-    from locks_clusters import Broadcasts, Locks, nodes_of
+    from locks_clusters import Broadcasts, Kept, Locks, nodes_of
     from locks_redis import Redlock, redis_servers
 
     engines = {"corosync": "knet", "local": "local", "corosync udpu": "udpu"}
@@ -139,6 +141,7 @@ async def benchmark(wanted: list[str], directory: Path, count: int, seconds: flo
             if name in engines:
                 nodes = servers.enter_context(nodes_of(engines[name]))
                 made[name] = Locks(nodes)
+                made[f"{name} kept"] = Kept(nodes)
                 if name == "corosync" and nodes.corosync is not None:
                     from locks_floor import Floor
 

@@ -10,7 +10,7 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from clustermd.cluster.slot_lock import OwnSlot
 from clustermd.dlm.lockspace import Slot
 from clustermd.dlm.modes import Mode
 from clustermd.dlm.session import SessionLockspace
+from clustermd.lockd.api import KeptLock, OpenLockspace, connect_lockspace
 from clustermd.lockd.client import LockdConnection, connect
 from clustermd.rundir import RunDir
 from clustermd.testing.local_cluster import LocalCluster
@@ -122,6 +123,33 @@ class Locks:
     async def close(self) -> None:
         for one in self.sessions:
             await one.close()
+
+
+class Kept:
+    """Locks that stay with their program between their uses, since nobody else wants them (`lockd.kept`)."""
+
+    def __init__(self, nodes: Nodes) -> None:
+        self._nodes = nodes
+        self._open = AsyncExitStack()
+        self._locks: dict[int, KeptLock] = {}
+        self._space: OpenLockspace
+
+    async def open(self) -> None:
+        spaces = [
+            await self._open.enter_async_context(connect_lockspace("kept", rundir=rundir))
+            for rundir in self._nodes.rundirs
+        ]
+        self._space = spaces[0]
+
+    async def pair(self, number: int) -> None:
+        """Use lock `number`."""
+        if number not in self._locks:
+            self._locks[number] = self._space.keep(f"lock-{number}")
+        async with self._locks[number].use():
+            pass
+
+    async def close(self) -> None:
+        await self._open.aclose()
 
 
 class Broadcasts:

@@ -33,11 +33,12 @@ from clustermd.dlm.wire import SLOTS_MAX
 from clustermd.errors import Refused
 from clustermd.lockd.client import LockdConnection, connect
 from clustermd.lockd.held import HeldLock, OpenLockspace, ended
+from clustermd.lockd.kept import KeptLock
 from clustermd.lockd.lease_watch import patience_s
 from clustermd.lockd.witness_file import WitnessFile
 from clustermd.rundir import RunDir
 
-__all__ = ["VALUE_BLOCK_BYTES", "HeldLock", "OpenLockspace", "connect_lockspace"]
+__all__ = ["VALUE_BLOCK_BYTES", "HeldLock", "KeptLock", "OpenLockspace", "connect_lockspace"]
 
 VALUE_BLOCK_BYTES = 64
 _SAY_S = 2.0

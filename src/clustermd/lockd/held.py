@@ -20,6 +20,7 @@ from clustermd.dlm.modes import Flag, Mode
 from clustermd.errors import ClusterLost, LockRefused, Refused
 from clustermd.group.tasks import Tasks
 from clustermd.lockd.client import LockdConnection
+from clustermd.lockd.kept import KeptLock
 from clustermd.lockd.lease_watch import lease_ends
 from clustermd.lockd.who import holder, holders
 from clustermd.lockd.witness_file import WitnessFile
@@ -95,11 +96,16 @@ class HeldLock:
     async def unlock(self) -> None:
         """Free it. Does nothing when it has been freed. Raises ClusterLost when it was lost before: what it
         guarded may not have been guarded to the end."""
+        lock = self.let_go()
+        if lock is not None:
+            self.space.check_alive(f"freeing {self.name} of lockspace {self.space.name}")
+            await lock.unlock()
+
+    def let_go(self) -> Lock | None:
+        """From now on this program relies on it for nothing, whether it is freed or lost."""
         lock, self._lock = self._lock, None
         self.space._freed(self)
-        if lock is not None:
-            self.space._check_alive(f"freeing {self.name} of lockspace {self.space.name}")
-            await lock.unlock()
+        return lock
 
     async def __aenter__(self) -> Self:
         return self
@@ -114,7 +120,7 @@ class HeldLock:
                 raise
 
     def _alive(self) -> Lock:
-        self.space._check_alive(f"using {self.name} of lockspace {self.space.name}")
+        self.space.check_alive(f"using {self.name} of lockspace {self.space.name}")
         if self._lock is None:
             raise LockRefused("unlocked", f"{self.name} of lockspace {self.space.name} has been freed")
         return self._lock
@@ -158,6 +164,7 @@ class OpenLockspace:
         self._witness = witness
         self._on_lost = on_lost
         self._held: set[HeldLock] = set()
+        self._kept: list[KeptLock] = []
         self._tasks = Tasks()
 
     @property
@@ -187,7 +194,7 @@ class OpenLockspace:
         both name the holders and have them in `data["holders"]`. "invalid" for a name that is none. Raises ClusterLost.
         """
         what = f"locking {name} of lockspace {self.name} in {mode.name}"
-        self._check_alive(what)
+        self.check_alive(what)
         assert self._space is not None, "joined"
         held = HeldLock(self, name, blocking)
         wanted = self._space.lock(
@@ -202,6 +209,15 @@ class OpenLockspace:
         self._held.add(held)
         held._granted(lock)
         return held
+
+    def keep(self, name: str, *, value_block: bool = False) -> KeptLock:
+        """A lock on resource `name` that stays here between its uses, until somebody else wants it.
+
+        Two of the same name exclude each other as other locks do.
+        """
+        kept = KeptLock(self, name, value_block)
+        self._kept.append(kept)
+        return kept
 
     async def holders(self, name: str, mode: Mode) -> list[dict[str, Any]]:
         """The locks that exclude `mode` on `name` now: "node", "name", "label", "pid", "mode", "held_s" ...
@@ -257,13 +273,20 @@ class OpenLockspace:
         if self.lost and self._witness is not None and not self._held:
             self._witness.release()
 
-    def _check_alive(self, what: str) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Background work that ends with the lockspace."""
+        self._tasks.spawn(work)
+
+    def check_alive(self, what: str) -> None:
+        """Raises ClusterLost when the session is over."""
         if self.lost:
             raise ClusterLost("session-lost", f"{what} is not possible: {self.lost}")
 
     # --- its life
 
     def _session_lost(self, reason: str) -> None:
+        for kept in self._kept:
+            kept.space_lost()
         if self._witness is not None and not self._held:
             self._witness.release()
         if self._on_lost is not None:

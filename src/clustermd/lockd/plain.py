@@ -18,7 +18,8 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -26,7 +27,7 @@ from clustermd.dlm.lockspace import Slot
 from clustermd.dlm.modes import Flag, Mode
 from clustermd.dlm.wire import SLOTS_MAX
 from clustermd.errors import ClusterLost, Refused
-from clustermd.lockd.api import VALUE_BLOCK_BYTES, HeldLock, OpenLockspace, connect_lockspace
+from clustermd.lockd.api import VALUE_BLOCK_BYTES, HeldLock, KeptLock, OpenLockspace, connect_lockspace
 from clustermd.rundir import RunDir
 
 T = TypeVar("T")
@@ -77,6 +78,36 @@ class PlainLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.space._call(self._held.__aexit__(kind, error, trace))
+
+
+class PlainKept:
+    """A lock that stays here between its uses. Made by `PlainLockspace.keep`."""
+
+    def __init__(self, space: PlainLockspace, kept: KeptLock) -> None:
+        self.space = space
+        self.name = kept.name
+        self._kept = kept
+
+    @property
+    def mode(self) -> Mode:
+        """As `KeptLock.mode`."""
+        return self._kept.mode
+
+    @contextmanager
+    def use(self, mode: Mode = Mode.EX, *, timeout_s: float | None = None) -> Iterator[PlainLock]:
+        """As `KeptLock.use`. Uses of several threads exclude each other like those of several nodes."""
+        using = self._kept.use(mode, timeout_s=timeout_s)
+        held = self.space._call(using.__aenter__())
+        try:
+            yield PlainLock(self.space, held)
+        except BaseException as error:
+            self.space._call(using.__aexit__(type(error), error, error.__traceback__))
+            raise
+        self.space._call(using.__aexit__(None, None, None))
+
+    def give_back(self) -> None:
+        """As `KeptLock.give_back`."""
+        self.space._call(self._kept.give_back())
 
 
 class PlainLockspace:
@@ -187,6 +218,14 @@ class PlainLockspace:
             return made[0]
 
         return self._call(work())
+
+    def keep(self, name: str, *, value_block: bool = False) -> PlainKept:
+        """As `OpenLockspace.keep`."""
+
+        async def work() -> KeptLock:
+            return self._open().keep(name, value_block=value_block)
+
+        return PlainKept(self, self._call(work()))
 
     def holders(self, name: str, mode: Mode) -> list[dict[str, Any]]:
         """As `OpenLockspace.holders`."""
