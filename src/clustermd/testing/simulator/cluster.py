@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from clustermd.group.process_group import Left
 from clustermd.ondisk.create import BitmapKind, NewMember, plan_create
 from clustermd.testing.simulator.agreed import LOOK_S, AgreedPort, NodeClock
 from clustermd.testing.simulator.boxes import Box, Watcher
@@ -469,13 +470,18 @@ class SimCluster:
         if incarnation:
             lives = [self._lockds[node, incarnation]]
         else:
-            # whatever was there when it was fenced, also a life that goes on without its disks
+            # whatever was there when it was fenced, also a life that goes on without its disks; but whom the group
+            # misses by name is told by name
             fenced = proof.startswith(f"{self.plan.fencing}:")
+            missed = self._missed_by(machine)
             lives = [
                 lockd
                 for lockd in self.machines[node].lockds
-                if not lockd.process.alive
-                or (fenced and all(attached.drained() for attached in lockd.witnesses))
+                if lockd.port.me.key not in missed
+                and (
+                    not lockd.process.alive
+                    or (fenced and all(attached.drained() for attached in lockd.witnesses))
+                )
             ]
         for lockd in lives:
             if lockd.declared_dead:
@@ -495,6 +501,14 @@ class SimCluster:
                 if not attached.released:
                     array.submitter.life_over = True
                 self.on_ended(array)
+
+    @staticmethod
+    def _missed_by(machine: Machine) -> set[tuple[int, int]]:
+        """The lives that were lost and not proved dead when this machine's present view of the group began."""
+        port = machine.lockd.port if machine.lockd is not None else None
+        if not isinstance(port, AgreedPort) or port.agreed is None:
+            return set()
+        return {member.key for member, how in port.agreed.view.left if how is Left.LOST}
 
     def _outlaw(self, array: ArrayProcess) -> None:
         """It lives on without a lease; for all others it is dead, until it comes back as somebody new."""
