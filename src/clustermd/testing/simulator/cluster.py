@@ -486,7 +486,8 @@ class SimCluster:
         for lockd in lives:
             if lockd.declared_dead:
                 continue
-            lockd.declared_dead = True
+            # one that lives and was not named may become a member yet, with sessions whose ends are proved later
+            lockd.declared_dead = bool(incarnation) or not lockd.process.alive
             port = lockd.port
             for attached in lockd.witnesses:
                 array = attached.array
