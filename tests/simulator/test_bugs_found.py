@@ -45,6 +45,8 @@ ELSEWHERE = {
     "right-asked-for-too-early",
     "settled-before-the-joiner-copied",
     "window-of-a-former-owner",
+    # tests/unit/test_dlm_bugs_found.py
+    "own-word-lost-with-quorum",
 }
 
 

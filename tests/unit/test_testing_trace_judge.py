@@ -231,6 +231,31 @@ def _(s: Story, bad: bool) -> None:
     s.say("three", "dlm.stable", applied=1, chain=b"b" if bad else b"a")
 
 
+def _begun_anew(*, fenced: bool) -> Story:
+    """Node 3 stood still when the others lost all state, and began anew."""
+    s = Story()
+    for node in ("node1", "node2", "node3"):
+        s.say(node, "dlm.install", epoch=1, members=((1, 1), (2, 2), (3, 3)), authority=None)
+    for node in ("node1", "node2", "node3"):
+        _applies(_applies(s, node, 1, b"a"), node, 2, b"b")
+    s.say("node1", "dlm.stable", applied=1, chain=b"a")
+    if fenced:
+        s.say("node1", "group.fenced", node=3, incarnation=f"{3:016x}", proof="storage")
+    for node in ("node1", "node2"):
+        s.say(node, "dlm.install", epoch=1, members=((1, 4), (2, 5)), authority=None)
+    for node in ("node1", "node2"):
+        _applies(s, node, 1, b"c")
+    return s.say("node2", "dlm.stable", applied=1, chain=b"c")
+
+
+def test_who_was_fenced_before_a_history_began_still_belongs_to_the_former_one() -> None:
+    late = {"applied": 2, "chain": b"b"}
+    assert _begun_anew(fenced=True).say("node3", "dlm.stable", **late).rules() == []
+    assert _begun_anew(fenced=False).say("node3", "dlm.stable", **late).rules() == ["shown-history-forks"]
+    goes_on = _applies(_begun_anew(fenced=True), "node3", 3, b"d")
+    assert goes_on.say("node3", "dlm.stable", applied=3, chain=b"d").rules() == ["shown-history-forks"]
+
+
 @story("applied-outside-view", Layer.LOCK_MANAGER)
 def _(s: Story, bad: bool) -> None:
     _applies(_views(s, "one", "two"), "one", 1, b"a")

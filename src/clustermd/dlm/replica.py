@@ -87,6 +87,7 @@ class Replica:
         self._machine = Machine()
         self._has_state = False
         self._phase = Phase.AWAY
+        self._was_live = False
         self._suspended = "this node has not joined its group yet"
         self._over = ""
         self._view: View | None = None
@@ -193,6 +194,10 @@ class Replica:
     def on_view(self, view: View) -> None:
         if self._phase is Phase.OVER:
             return
+        if self._phase is not Phase.AWAY:
+            self._was_live = self._phase is Phase.LIVE
+        if view.late and self._was_live:
+            self._hear_late(view.late)
         for member, reason in view.left:
             if reason is Left.LEFT:
                 self._left.add(member.key)
@@ -222,6 +227,24 @@ class Replica:
             if self._has_state and not self._suspended:
                 self._suspended = "the group has no quorum or lost what orders its messages"
                 self._shell.suspended(self._suspended)
+
+    def _hear_late(self, late: tuple[tuple[Member, bytes | str], ...]) -> None:
+        """The end of the last view's order: others may have shown what it gave them, counting on us to know it."""
+        for member, word in late:
+            if isinstance(word, str):
+                self._unfenced.discard(member.key)
+                self._fenced[member.key] = word
+                self._trace.point("dlm.fenced", node=member.node, proof=word)
+                self._apply(pack(["fenced", *member.key, word]))
+                continue
+            try:
+                message = decode(word)
+            except BadBytes as error:
+                self._trace.point("dlm.bad_message", sender=member.node, why=error.message)
+                continue
+            if message[0] == "ops":
+                _, _, first, ops = message
+                self._apply(pack(["ops", *member.key, first, ops]))
 
     def on_message(self, index: int, sender: Member, payload: bytes) -> None:
         self._index = index

@@ -49,7 +49,9 @@ class View:
 
     `majority` is 0 where the order is durable, so nobody's memory counts (`local`). Else it is that of all
     configured votes, `votes` are those of `members`, `all_votes` (node, votes) those of all configured nodes, and
-    `unbroken` says that this node has had quorum all the time since its last view.
+    `unbroken` says that this node has had quorum all the time since its last view. Where a loss of quorum ended the
+    last quorate view here, `late` is what the order brought of that view afterwards: (sender, message), or (who was
+    proved dead, how that is known).
     """
 
     ring: tuple[int, ...]
@@ -61,6 +63,7 @@ class View:
     majority: int = 0
     all_votes: tuple[tuple[int, int], ...] = ()
     unbroken: bool = True
+    late: tuple[tuple[Member, bytes | str], ...] = ()
 
 
 class GroupEvents(Protocol):

@@ -12,7 +12,8 @@ neither durable nor safe, it serves minorities too, and its membership is of pro
   the node of a member that says nothing is evicted, since that member may hold what others wait for.
 - Messages are told at their delivery, and are stable by the votes that have them (`stability`).
 - Who is gone without goodbye is lost until its end is proved (`fencing`); an end is told in the order.
-- A node without quorum hears a view that is not quorate at once, whatever the order does.
+- A node without quorum hears a view that is not quorate at once, whatever the order does. What the order still brings
+  of the view that ended so comes with the next quorate view: others count on it, for they had it before the change.
 - With a lease, members say beats (`lease`).
 
 `expelled`: this life of the node is not a part of the group any more; its process must end and begin anew.
@@ -157,6 +158,8 @@ class AgreedGroup:
         self._covered = 0
         self._lease: Lease | None = None
         self._unbroken = True
+        self._ending: Tag | None = None
+        self._late: list[tuple[Member, bytes | str]] = []
         # what outlives views
         self._last: dict[Key, Life] = {}
         self._left: set[Key] = set()
@@ -226,6 +229,7 @@ class AgreedGroup:
         self._floor = 0
         self._said = ()
         self._owing = {}
+        self._ending = None
         self._pause("the membership is changing")
         self._greet()
 
@@ -429,6 +433,7 @@ class AgreedGroup:
             self._strangers.discard(peer)
             self._hellos = {}
             self._said = ()
+            self._ending = None
             self._pause("the membership is changing")
             self._greet()
             return
@@ -469,6 +474,7 @@ class AgreedGroup:
         self._floor = tag[0]
         members = tuple(life.member for life in change.members)
         self._members = change.peers
+        self._ending = None
         if not change.quorate or not self._quorum[0]:
             self._tag = None
             self._unbroken = False
@@ -513,8 +519,10 @@ class AgreedGroup:
             majority=self._majority,
             all_votes=tuple((node.number, node.votes) for node in self._nodes.values()),
             unbroken=self._unbroken,
+            late=tuple(self._late),
         )
         self._unbroken = True
+        self._late = []
         self._trace.point(
             "group.view",
             ring=tag,
@@ -548,6 +556,9 @@ class AgreedGroup:
 
     def _freeze(self, reason: str) -> None:
         events = self._events
+        # quorum is told beside the order, where messages of this view may still be on their way to this node. Others
+        # may count on its having them: those that it sent, above all (`Stability.sent`)
+        self._ending = self._tag or self._ending
         self._pause(reason)
         if events is not None and self.view.quorate:
             self.frozen = reason
@@ -568,6 +579,8 @@ class AgreedGroup:
         if peer == (self.me.node, self._pid) and self._under_way:
             self._under_way.popleft()
         sender = self._members.get(peer)
+        if self._tag is None and tag == self._ending and sender is not None:
+            self._late.append((sender, data[OVERHEAD_BYTES:]))
         if self._tag is None or tag != self._tag or sender is None:
             return
         events = self._events
@@ -622,6 +635,13 @@ class AgreedGroup:
                 self._on_hello(peer, message)
             case ["without", list(peers), list(silent)]:
                 self._on_without(peer, peers, silent)
+            case [
+                "fenced",
+                [int(number), int(sequence), int(ring)],
+                [int(node), int(incarnation)],
+                str(words),
+            ] if self._tag is None and (number, sequence, ring) == self._ending and sender is not None:
+                self._on_late_fenced((node, incarnation), words)
             case [_, [int(number), int(sequence), int(node)], *_] if (number, sequence, node) != self._tag:
                 return
             case _ if self._tag is None or sender is None:
@@ -654,6 +674,13 @@ class AgreedGroup:
         self._index += 1
         self._tell_fenced(lost.life.member, words, self._index)
         self._owe(sender)
+
+    def _on_late_fenced(self, key: Key, words: str) -> None:
+        """Said in the view that a loss of quorum has ended here. Of who was only absent nothing is known any more."""
+        lost = self._fencing.proved(key) if key[1] else None
+        if lost is not None:
+            self._proofs[key] = words
+            self._late.append((lost.life.member, words))
 
     def _tell_fenced(self, member: Member, words: str, index: int = 0) -> None:
         self._trace.point(

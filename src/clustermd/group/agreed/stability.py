@@ -8,7 +8,8 @@ Where those present have no majority though they are quorate (two_node, last_man
 prove nothing: then a message is stable when all who are present have it, and nobody is lost whose end is
 not proved (dlm.md 6.2, A).
 
-Who sends a message has it, and what came before it as far as it has said so.
+Who sends a message has it, and what came before it as far as it has said so: it hears it before the next change, or
+dies. That holds as well when it loses quorum before it hears it, for then it hears it with its next view (`View.late`).
 """
 
 from __future__ import annotations

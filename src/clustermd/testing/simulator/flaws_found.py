@@ -27,6 +27,7 @@ from clustermd.device.helpers import read_bytes
 from clustermd.device.member_device import MemberDevice, Submitter
 from clustermd.dlm.engine import Engine
 from clustermd.dlm.modes import Mode
+from clustermd.dlm.replica import Replica
 from clustermd.dlm.resource import Resource
 from clustermd.errors import ClusterLost, Refused
 from clustermd.ondisk.superblock import Superblock, find, location
@@ -353,5 +354,10 @@ FLAWS = (
         "blocking-callback-nobody-asked-for",
         "a deadlocked conversion is told of itself, though its owner asked for no callbacks",
         (Resource, "_grant_converting", _tells_who_did_not_ask),
+    ),
+    flaw(
+        "own-word-lost-with-quorum",
+        "a node that hears of its loss of quorum before its own last words forgets these, and others count on them",
+        (Replica, "_hear_late", lambda self, late: None),
     ),
 )

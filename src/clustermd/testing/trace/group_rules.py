@@ -79,42 +79,76 @@ def _asker(entry: bytes) -> str | None:
 class ShownHistoryForks(RuleOverLives):
     """All that was ever shown belongs to one history: whoever goes on knows it (I3, I6).
 
-    A new history begins when nobody has a state any more.
+    A new history begins when nobody has a state any more. Who was proved dead before that belongs to the one before:
+    fenced at the storage, its lock daemon may run on, and wake to the rest of what it had been sent. That has to be a
+    part of its own history, of what was there when the new one began: it must not go on by itself.
     """
 
     rule = "shown-history-forks"
     spec = "dlm I6"
     layer = Layer.LOCK_MANAGER
-    names: tuple[str, ...] = ("dlm.apply", "dlm.loaded", "dlm.stable", "dlm.install")
+    names: tuple[str, ...] = ("dlm.apply", "dlm.loaded", "dlm.stable", "dlm.install", "group.fenced")
 
     def __init__(self, lives: Lives) -> None:
         super().__init__(lives)
         self._before: dict[Place, Place] = {}
+        self._made: dict[Place, int] = {}  # which history was the newest when anybody first applied it
         self._last: dict[str, Place] = {}
-        self._shown: tuple[Place, int, str] | None = None
+        self._shown: dict[int, tuple[Place, int, str]] = {}  # by history
+        self._newest = 0
+        self._began: tuple[tuple[int, int], ...] = ()
+        self._member: dict[int, tuple[int, int]] = {}  # by node, its life in the last view that it installed
+        self._proved: set[tuple[int, int]] = set()
+        self._former: dict[str, int] = {}  # who belongs to a history that is not the newest
+
+    def _installed(self, event: Event) -> None:
+        members = tuple((node, incarnation) for node, incarnation in event.fields["members"])
+        if event.fields["authority"] is None and members != self._began:
+            self._began = members
+            for node, life in self._member.items():
+                if life in self._proved:
+                    self._former.setdefault(f"node{node}", self._newest)
+            self._newest += 1
+        for life in members:
+            if event.node == f"node{life[0]}":
+                self._member[life[0]] = life
+                self._former.pop(event.node, None)
+
+    def _fenced(self, node: int, incarnation: int) -> None:
+        if incarnation:
+            self._proved.add((node, incarnation))
+        elif node in self._member:
+            self._proved.add(
+                self._member[node]
+            )  # who is absent when a cluster begins: whatever life that was
 
     def see(self, event: Event) -> Sequence[Violation]:
         fields = event.fields
         if event.name == "dlm.install":
-            if fields["authority"] is None:
-                self._shown = None
+            self._installed(event)
+            return ()
+        if event.name == "group.fenced":
+            self._fenced(fields["node"], int(fields["incarnation"], 16))
             return ()
         place = fields["applied"], fields["chain"]
         if event.name == "dlm.loaded":
             self._last[event.node] = place
             return ()
         if event.name == "dlm.apply":
+            self._made.setdefault(place, self._newest)
             before = self._last.get(event.node)
             if before is not None and before[0] == place[0] - 1:
                 self._before[place] = before
             self._last[event.node] = place
             return ()
-        shown, self._shown = self._shown, (place, event.number, event.node)
+        former = self._former.get(event.node, self._newest)
+        history = former if self._made.get(place) == former else self._newest
+        shown, self._shown[history] = self._shown.get(history), (place, event.number, event.node)
         if shown is None:
             return ()
         longer, shorter = (place, shown[0]) if place[0] >= shown[0][0] else (shown[0], place)
         if longer is not place:
-            self._shown = shown
+            self._shown[history] = shown
         while longer[0] > shorter[0] and longer in self._before:
             longer = self._before[longer]
         if longer[0] != shorter[0] or longer == shorter:
