@@ -145,6 +145,8 @@ def test_a_cluster_in_which_a_writer_dies_breaks_no_rule_and_comes_to_most_steps
             for chunk in (0, 3, 7):
                 await one.client.write(chunk * 65536, b"1" * 4096)
                 await two.client.write(chunk * 65536 + 8192, b"2" * 4096)
+            # so that whoever takes over has a bit to set that was not its own before
+            await one.client.write(5 * 65536, b"1" * 4096)
             await cluster.kill(1)
             survivors = (two, cluster.nodes[3])
             await until(lambda: all("takeover.done" in node.names() for node in survivors))
