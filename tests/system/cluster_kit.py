@@ -82,16 +82,17 @@ class Pair:
         raise AssertionError(f"none of {tries} kills met a write in flight under a dirty bit")
 
     def settle(self, node: Node) -> None:
-        """No load runs any more: wait until every bit is clear, then all that must hold must hold.
-
-        The halves are equal byte by byte, and the judge is content with what `node` reads.
-        """
+        """No load runs any more: wait until every bit is clear, then all that must hold must hold."""
         wait_until(
             lambda: all_clear(self.disks),
             "every bit to be clear",
             EVERY_BIT_CLEAR_S,
             last_words=lambda: f"dirty: {[look(disk).dirty for disk in self.disks]}\n{self.cluster.logs()}",
         )
+        self.check(node)
+
+    def check(self, node: Node) -> None:
+        """The halves are equal byte by byte, and the judge is content with what `node` reads."""
         assert differing_blocks(self.disks) == []
         verdict = self.judge_through(node)
         assert verdict.good, verdict

@@ -82,7 +82,7 @@ def test_without_the_copy_the_halves_stay_different(cluster: LocalCluster) -> No
     pair.wait_for_takeover(happened.slot)
     assert differing_blocks(pair.disks), "nothing was copied, so the halves must still differ"
     with pytest.raises(AssertionError):
-        pair.settle(pair.two)
+        pair.check(pair.two)
 
 
 def test_a_survivor_that_never_wrote_repairs_at_once(cluster: LocalCluster) -> None:
