@@ -196,8 +196,7 @@ class Replica:
             return
         if self._phase is not Phase.AWAY:
             self._was_live = self._phase is Phase.LIVE
-        if view.late and self._was_live:
-            self._hear_late(view.late)
+        self._hear_late(view.late)
         for member, reason in view.left:
             if reason is Left.LEFT:
                 self._left.add(member.key)
@@ -229,13 +228,19 @@ class Replica:
                 self._shell.suspended(self._suspended)
 
     def _hear_late(self, late: tuple[tuple[Member, bytes | str], ...]) -> None:
-        """The end of the last view's order: others may have shown what it gave them, counting on us to know it."""
+        """The end of the last view's order: others may have shown what it gave them, counting on us to know it.
+
+        Where we had no part in that view's state, nobody counted on us; but a proof is one, and is told once.
+        """
         for member, word in late:
             if isinstance(word, str):
                 self._unfenced.discard(member.key)
                 self._fenced[member.key] = word
                 self._trace.point("dlm.fenced", node=member.node, proof=word)
-                self._apply(pack(["fenced", *member.key, word]))
+                if self._was_live:
+                    self._apply(pack(["fenced", *member.key, word]))
+                continue
+            if not self._was_live:
                 continue
             try:
                 message = decode(word)

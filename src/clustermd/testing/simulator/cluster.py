@@ -8,7 +8,7 @@ come to that by itself is killed after `fence_after_s`, and where the plan has s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from clustermd.group.process_group import Left
@@ -468,6 +468,8 @@ class SimCluster:
     def _declared_dead(self, machine: Machine, node: int, incarnation: int, proof: str) -> None:
         """A member was told that a life is proved to be over: it must be."""
         if incarnation:
+            if self._overtaken(machine, (node, incarnation)):
+                return
             lives = [self._lockds[node, incarnation]]
         else:
             # whatever was there when it was fenced, also a life that goes on without its disks; but whom the group
@@ -502,6 +504,23 @@ class SimCluster:
                 if not attached.released:
                     array.submitter.life_over = True
                 self.on_ended(array)
+
+    def _overtaken(self, machine: Machine, life: tuple[int, int]) -> bool:
+        """Whether others have gone on with that life in a later view, which this machine has not heard of yet.
+
+        What it is told in its own view then is never stable, so nobody is shown anything by it.
+        """
+        views = {port.me.node: port.agreed.view for port in self._agreed_ports() if port.agreed is not None}
+        told = views.get(machine.number)
+        return told is not None and any(
+            view.quorate and view.ring > told.ring and life in {member.key for member in view.members}
+            for view in views.values()
+        )
+
+    def _agreed_ports(self) -> Iterator[AgreedPort]:
+        for machine in self.machines.values():
+            if machine.lockd is not None and isinstance(machine.lockd.port, AgreedPort):
+                yield machine.lockd.port
 
     @staticmethod
     def _missed_by(machine: Machine) -> set[tuple[int, int]]:

@@ -36,7 +36,7 @@ from clustermd.testing.simulator.flaws import flaw, patched
 _copy, _adopt, _reload, _end_sessions = Resync._copy, Metadata._adopt, Metadata.reload, Engine.end_sessions
 _grant_converting, _failed = Resource._grant_converting, Reader.failed
 _stop_in_order, _stop_recording, _leave = Array._stop_in_order, Faults.stop, Life.leave
-_follow = Life._reload
+_follow, _hear_late = Life._reload, Replica._hear_late
 
 
 # --- undecided data and bad sectors -----------------------------------------------------------------------------
@@ -49,6 +49,14 @@ async def _copy_from_whoever_has_it_all(self: Resync, lo: int, hi: int, first_on
 def _reads_from_whoever_has_it_all(self: Reader, op: ReadOp, result: int) -> None:
     with patched(((self, "read_first", lambda lo, hi: False),)):
         _failed(self, op, result)
+
+
+# --- lock daemons -------------------------------------------------------------------------------------------------
+
+
+def _hears_late_when_it_was_live(self: Replica, late: tuple[tuple[Any, bytes | str], ...]) -> None:
+    if self._was_live:
+        _hear_late(self, late)
 
 
 # --- joining ------------------------------------------------------------------------------------------------------
@@ -354,6 +362,11 @@ FLAWS = (
         "blocking-callback-nobody-asked-for",
         "a deadlocked conversion is told of itself, though its owner asked for no callbacks",
         (Resource, "_grant_converting", _tells_who_did_not_ask),
+    ),
+    flaw(
+        "proof-heard-late-is-forgotten",
+        "a proof that is heard after the loss of quorum that ended its view is forgotten by who had no state then",
+        (Replica, "_hear_late", _hears_late_when_it_was_live),
     ),
     flaw(
         "own-word-lost-with-quorum",
