@@ -506,14 +506,16 @@ class SimCluster:
                 self.on_ended(array)
 
     def _overtaken(self, machine: Machine, life: tuple[int, int]) -> bool:
-        """Whether others have gone on with that life in a later view, which this machine has not heard of yet.
+        """Whether a majority has gone on with that life in a later view, which this machine has not heard of yet.
 
         What it is told in its own view then is never stable, so nobody is shown anything by it.
         """
         views = {port.me.node: port.agreed.view for port in self._agreed_ports() if port.agreed is not None}
         told = views.get(machine.number)
         return told is not None and any(
-            view.quorate and view.ring > told.ring and life in {member.key for member in view.members}
+            view.ring > told.ring
+            and 2 * sum(view.votes) > sum(votes for _, votes in view.all_votes)
+            and life in {member.key for member in view.members}
             for view in views.values()
         )
 
