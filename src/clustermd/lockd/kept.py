@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 from clustermd.dlm.lock import is_down_conversion
 from clustermd.dlm.modes import Mode, compatible
-from clustermd.errors import LockRefused
+from clustermd.errors import ClusterLost, LockRefused
 
 if TYPE_CHECKING:
     from clustermd.lockd.held import HeldLock, OpenLockspace
@@ -146,7 +146,8 @@ class KeptLock:
         async with self._turn:
             # a use that came first has given way itself
             if self._wanted and not self._using and not self.space.lost:
-                await self._let_go()
+                with suppress(ClusterLost):  # it is told otherwise, and gives way as well
+                    await self._let_go()
 
     def _too_late(self, what: str, timeout_s: float | None) -> LockRefused:
         return LockRefused(
