@@ -88,6 +88,7 @@ class Replica:
         self._has_state = False
         self._phase = Phase.AWAY
         self._was_live = False
+        self._unbroken = True
         self._suspended = "this node has not joined its group yet"
         self._over = ""
         self._view: View | None = None
@@ -197,6 +198,7 @@ class Replica:
         if self._phase is not Phase.AWAY:
             self._was_live = self._phase is Phase.LIVE
         self._hear_late(view.late)
+        self._keep_in_mind(view)
         for member, reason in view.left:
             if reason is Left.LEFT:
                 self._left.add(member.key)
@@ -226,6 +228,10 @@ class Replica:
             if self._has_state and not self._suspended:
                 self._suspended = "the group has no quorum or lost what orders its messages"
                 self._shell.suspended(self._suspended)
+
+    def _keep_in_mind(self, view: View) -> None:
+        """A view that came to no install does not make up for the quorum that was lost before it."""
+        self._unbroken = self._unbroken and view.unbroken
 
     def _hear_late(self, late: tuple[tuple[Member, bytes | str], ...]) -> None:
         """The end of the last view's order: others may have shown what it gave them, counting on us to know it.
@@ -316,7 +322,7 @@ class Replica:
             unfenced=tuple(sorted(self._unfenced)),
             shown=self._shown,
             recent=() if self._view is None or not self._view.majority else machine.recent(RECENT),
-            unbroken=self._view is None or self._view.unbroken,
+            unbroken=self._unbroken,
             outlived=tuple(sorted(machine.outlived)),
         )
 
@@ -380,7 +386,7 @@ class Replica:
         assert plan is not None
         held, self._held = self._held, []
         self._phase = Phase.LIVE
-        self._has_state = True
+        self._has_state = self._unbroken = True
         self._left.clear()
         self._fenced.clear()
         if self._me not in plan.fresh or plan.authority is None:

@@ -30,6 +30,7 @@ from clustermd.dlm.modes import Mode
 from clustermd.dlm.replica import Replica
 from clustermd.dlm.resource import Resource
 from clustermd.errors import ClusterLost, Refused
+from clustermd.group.process_group import View
 from clustermd.ondisk.superblock import Superblock, find, location
 from clustermd.testing.simulator.flaws import flaw, patched
 
@@ -57,6 +58,10 @@ def _reads_from_whoever_has_it_all(self: Reader, op: ReadOp, result: int) -> Non
 def _hears_late_when_it_was_live(self: Replica, late: tuple[tuple[Any, bytes | str], ...]) -> None:
     if self._was_live:
         _hear_late(self, late)
+
+
+def _minds_the_last_view_only(self: Replica, view: View) -> None:
+    self._unbroken = view.unbroken
 
 
 # --- joining ------------------------------------------------------------------------------------------------------
@@ -362,6 +367,11 @@ FLAWS = (
         "blocking-callback-nobody-asked-for",
         "a deadlocked conversion is told of itself, though its owner asked for no callbacks",
         (Resource, "_grant_converting", _tells_who_did_not_ask),
+    ),
+    flaw(
+        "quorum-lost-is-forgotten",
+        "a view that came to no install makes up for the quorum that was lost before it",
+        (Replica, "_keep_in_mind", _minds_the_last_view_only),
     ),
     flaw(
         "proof-heard-late-is-forgotten",

@@ -171,7 +171,9 @@ class SimGroup:
             self.reconfigure()
 
     def leave(self, port: Port) -> None:
-        """A goodbye."""
+        """A goodbye, perhaps of one that was never a member."""
+        if port in self.joining:
+            self.joining.remove(port)
         self._drop(port)
         self.unproved.discard(port.me)
         self.reconfigure(left={port.me: Left.LEFT})
