@@ -60,9 +60,8 @@ class Machine:
         self.engine = Engine()
         self.nodes: dict[NodeKey, NodeState] = {}
         self.members: tuple[NodeKey, ...] = ()
-        self.outlived: set[int] = (
-            set()
-        )  # nodes proved dead when this history began that have not joined since
+        self.outlived: set[int] = set()
+        """Nodes proved dead when this history began that have not joined since."""
         self.epoch = 0
         self.applied = 0
         self.chain = bytes(16)

@@ -240,31 +240,20 @@ class Replica:
         """
         for member, word in late:
             if isinstance(word, str):
-                self._unfenced.discard(member.key)
-                self._fenced[member.key] = word
-                self._trace.point("dlm.fenced", node=member.node, proof=word)
+                entry = self._proved(member, word)
                 if self._was_live:
-                    self._apply(pack(["fenced", *member.key, word]))
-                continue
-            if not self._was_live:
-                continue
-            try:
-                message = decode(word)
-            except BadBytes as error:
-                self._trace.point("dlm.bad_message", sender=member.node, why=error.message)
-                continue
-            if message[0] == "ops":
-                _, _, first, ops = message
-                self._apply(pack(["ops", *member.key, first, ops]))
+                    self._apply(entry)
+            elif self._was_live:
+                match self._decoded(member, word):
+                    case ["ops", _, first, ops]:
+                        self._apply(pack(["ops", *member.key, first, ops]))
 
     def on_message(self, index: int, sender: Member, payload: bytes) -> None:
         self._index = index
         if self._phase in (Phase.AWAY, Phase.OVER):
             return
-        try:
-            message = decode(payload)
-        except BadBytes as error:
-            self._trace.point("dlm.bad_message", sender=sender.node, why=error.message)
+        message = self._decoded(sender, payload)
+        if message is None:
             return
         key = sender.key
         match message:
@@ -292,14 +281,25 @@ class Replica:
         self._index = index or self._index
         if self._phase is Phase.OVER:
             return
-        key = member.key
-        self._unfenced.discard(key)
-        self._fenced[key] = proof
-        self._trace.point("dlm.fenced", node=member.node, proof=proof)
-        self._entry(pack(["fenced", *key, proof]))
+        self._entry(self._proved(member, proof))
         if self._phase is Phase.STARTING:
             self._try_install()
         self._flush()
+
+    def _decoded(self, sender: Member, payload: bytes) -> list[Any] | None:
+        """The message in `payload`; None, and a trace point, if there is none."""
+        try:
+            return decode(payload)
+        except BadBytes as error:
+            self._trace.point("dlm.bad_message", sender=sender.node, why=error.message)
+            return None
+
+    def _proved(self, member: Member, proof: str) -> bytes:
+        """Keep a proof for the next install. Returns the entry that it is."""
+        self._unfenced.discard(member.key)
+        self._fenced[member.key] = proof
+        self._trace.point("dlm.fenced", node=member.node, proof=proof)
+        return pack(["fenced", *member.key, proof])
 
     # ---- the install point
 

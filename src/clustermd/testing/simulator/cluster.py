@@ -8,10 +8,10 @@ come to that by itself is killed after `fence_after_s`, and where the plan has s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from clustermd.group.process_group import Left
+from clustermd.group.process_group import Left, View
 from clustermd.ondisk.create import BitmapKind, NewMember, plan_create
 from clustermd.testing.simulator.agreed import LOOK_S, AgreedPort, NodeClock
 from clustermd.testing.simulator.boxes import Box, Watcher
@@ -510,27 +510,20 @@ class SimCluster:
 
         What it is told in its own view then is never stable, so nobody is shown anything by it.
         """
-        views = {port.me.node: port.agreed.view for port in self._agreed_ports() if port.agreed is not None}
-        told = views.get(machine.number)
+        told = _view_of(machine)
+        views = [view for other in self.machines.values() if (view := _view_of(other)) is not None]
         return told is not None and any(
             view.ring > told.ring
             and 2 * sum(view.votes) > sum(votes for _, votes in view.all_votes)
             and life in {member.key for member in view.members}
-            for view in views.values()
+            for view in views
         )
-
-    def _agreed_ports(self) -> Iterator[AgreedPort]:
-        for machine in self.machines.values():
-            if machine.lockd is not None and isinstance(machine.lockd.port, AgreedPort):
-                yield machine.lockd.port
 
     @staticmethod
     def _missed_by(machine: Machine) -> set[tuple[int, int]]:
         """The lives that were lost and not proved dead when this machine's present view of the group began."""
-        port = machine.lockd.port if machine.lockd is not None else None
-        if not isinstance(port, AgreedPort) or port.agreed is None:
-            return set()
-        return {member.key for member, how in port.agreed.view.left if how is Left.LOST}
+        view = _view_of(machine)
+        return set() if view is None else {member.key for member, how in view.left if how is Left.LOST}
 
     def _outlaw(self, array: ArrayProcess) -> None:
         """It lives on without a lease; for all others it is dead, until it comes back as somebody new."""
@@ -556,3 +549,9 @@ class SimCluster:
                 self._graves.append(process)
         for process in self._graves:
             self._bury(process)
+
+
+def _view_of(machine: Machine) -> View | None:
+    """The present view of the agreed group, as the machine's newest lock daemon knows it."""
+    port = machine.lockd.port if machine.lockd is not None else None
+    return port.agreed.view if isinstance(port, AgreedPort) and port.agreed is not None else None

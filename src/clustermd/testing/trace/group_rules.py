@@ -118,9 +118,8 @@ class ShownHistoryForks(RuleOverLives):
         if incarnation:
             self._proved.add((node, incarnation))
         elif node in self._member:
-            self._proved.add(
-                self._member[node]
-            )  # who is absent when a cluster begins: whatever life that was
+            # who is absent when a cluster begins: whatever life that was
+            self._proved.add(self._member[node])
 
     def see(self, event: Event) -> Sequence[Violation]:
         fields = event.fields
