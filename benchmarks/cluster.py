@@ -22,14 +22,13 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from clustermd.testing.load import fio_command
 from clustermd.testing.local_cluster import LocalCluster
-from clustermd.testing.waiting import wait_until
+from clustermd.testing.nbdkit import nbdkit
 
 GOALS = {"4k randwrite depth 16": 0.5, "4k randread depth 16": 1.0}
 BASELINE = "nbdkit file"
@@ -90,19 +89,6 @@ def measure(target: Target, pattern: Pattern, size_bytes: int, seconds: float) -
     return float(side["iops"]) if pattern.unit == "IOPS" else float(side["bw_bytes"]) / (1 << 20)
 
 
-@contextmanager
-def nbdkit(cluster: LocalCluster, name: str, *arguments: str) -> Iterator[Target]:
-    """An nbdkit on a socket in the cluster's directory."""
-    socket = cluster.directory / f"{name.replace(' ', '-')}.sock"
-    program = cluster.start(["nbdkit", "--foreground", "-U", str(socket), *arguments], log="nbdkit.log")
-    wait_until(socket.exists, f"the socket of {name}", last_words=cluster.logs)
-    try:
-        yield Target(name, socket=str(socket))
-    finally:
-        program.terminate()
-        program.wait()
-
-
 def benchmark(directory: str, size_bytes: int, runs: int, seconds: float) -> None:
     with LocalCluster(base=directory) as cluster, ExitStack() as servers:
         mirror = cluster.images(2, size_bytes + (16 << 20))
@@ -118,9 +104,10 @@ def benchmark(directory: str, size_bytes: int, runs: int, seconds: float) -> Non
         plugin = Path(__file__).with_name("nbdkit_plugin.py")
         targets = [
             Target("clustermd", socket=one.socket()),
-            servers.enter_context(nbdkit(cluster, "nbdkit file", "file", single[0])),
-            servers.enter_context(
-                nbdkit(cluster, "nbdkit python", "python", str(plugin), f"file={single[1]}")
+            Target("nbdkit file", socket=servers.enter_context(nbdkit("file", single[0]))[0]),
+            Target(
+                "nbdkit python",
+                socket=servers.enter_context(nbdkit("python", str(plugin), f"file={single[1]}"))[0],
             ),
             Target("file", file=single[2]),
         ]

@@ -32,7 +32,6 @@ HERE = Path(__file__).parent
 BUGS = {flaw.name for flaw in FLAWS}
 DOCS = HERE.parents[1] / "docs" / "flaws.md"
 STORM = HERE / "locks" / "blocking-callback-nobody-asked-for.json"
-DOCS = HERE.parent.parent / "docs" / "flaws.md"
 KEPT = sorted(path.stem for path in (HERE / "kept").glob("*.json") if path.stem in BUGS)
 ELSEWHERE = {
     "blocking-callback-nobody-asked-for",  # below, a storm over lock replicas

@@ -11,32 +11,33 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from clustermd.testing.nbdkit import nbdkit
+
 SIZE_BYTES = 16 << 20
 
 
 @contextmanager
-def nbd_file(directory: Path, *nbdkit: str) -> Iterator[tuple[str, Path]]:
+def nbd_file(directory: Path, *arguments: str) -> Iterator[tuple[str, Path]]:
     """(path of the FUSE file, path of the backing file) behind nbdkit with arguments such as `--filter=log`."""
-    backing, mounted, socket = directory / "backing.img", directory / "disk.img", directory / "s"
+    backing, mounted = directory / "backing.img", directory / "disk.img"
     with open(backing, "wb") as file:
         file.truncate(SIZE_BYTES)
     mounted.touch()
-    filters = [word for word in nbdkit if word.startswith("--")]
-    settings = [word for word in nbdkit if not word.startswith("--")]
-    servers = [subprocess.Popen(["nbdkit", "-f", "-U", socket, *filters, "file", backing, *settings])]
-    try:
-        until(socket.exists, "nbdkit serves")
-        servers.insert(0, subprocess.Popen(["nbdfuse", mounted, f"nbd+unix:///?socket={socket}"]))
-        until(lambda: mounted.stat().st_size == SIZE_BYTES, "nbdfuse serves")
-        yield str(mounted), backing
-    finally:
+    filters = [word for word in arguments if word.startswith("--")]
+    settings = [word for word in arguments if not word.startswith("--")]
+    with nbdkit(*filters, "file", str(backing), *settings) as (socket, server):
+        fuse = subprocess.Popen(["nbdfuse", mounted, f"nbd+unix:///?socket={socket}"])
         try:
-            # a request on its way keeps the mount busy
-            until(lambda: not _is_mounted(mounted) or _unmount(mounted), "the file is unmounted")
+            until(lambda: mounted.stat().st_size == SIZE_BYTES, "nbdfuse serves")
+            yield str(mounted), backing
         finally:
-            for server in servers:
-                server.terminate()
-                server.wait(20)
+            try:
+                # a request on its way keeps the mount busy
+                until(lambda: not _is_mounted(mounted) or _unmount(mounted), "the file is unmounted")
+            finally:
+                for program in (fuse, server):
+                    program.terminate()
+                    program.wait(20)
 
 
 @contextmanager

@@ -545,13 +545,21 @@ def test_the_history_kept_for_those_behind_is_bounded() -> None:
 
 
 class _Said:
-    """A group that keeps what is multicast."""
+    """A group with one replica, which keeps what that multicasts."""
 
     max_payload = 1 << 16
 
     def __init__(self, me: Member) -> None:
         self.me = me
         self.payloads: list[bytes] = []
+        self.replica = Cluster(1).node(1).replica
+        self.replica.attach(self)  # type: ignore[arg-type]
+
+    def start(self, view: View) -> Start:
+        """What the replica says to `view`."""
+        self.replica.on_view(view)
+        (_, _, _, start) = decode(self.payloads[-1])
+        return Start.from_wire(start)
 
     def multicast(self, payload: bytes) -> None:
         self.payloads.append(payload)
@@ -559,16 +567,28 @@ class _Said:
 
 def test_who_was_missed_and_is_back_needs_no_proof_when_it_leaves_in_peace() -> None:
     one, two, three = (Member(number, 1, f"node{number}") for number in (1, 2, 3))
-    replica = Cluster(1).node(1).replica
-    group = _Said(one)
-    replica.attach(group)  # type: ignore[arg-type]
+    said = _Said(one)
 
     def unfenced(number: int, members: tuple[Member, ...], left: tuple[tuple[Member, Left], ...]) -> object:
-        replica.on_view(View((9, number), members, (), left, True, (1,) * len(members), 2))
-        (_, _, _, start) = decode(group.payloads[-1])
-        return Start.from_wire(start).unfenced
+        return said.start(View((9, number), members, (), left, True, (1,) * len(members), 2)).unfenced
 
     assert unfenced(1, (one, two), ((three, Left.LOST),)) == ((3, 1),)
     assert unfenced(2, (one, two), ()) == ((3, 1),), "nobody has proved it yet"
     assert unfenced(3, (one, two, three), ()) == ()
     assert unfenced(4, (one, two), ((three, Left.LEFT),)) == ()
+
+
+def test_a_proof_that_the_group_knows_no_more_is_none() -> None:
+    one, absent = Member(1, 1, "node1"), Member(2, 0, "node2")
+    said = _Said(one)
+
+    def lost(number: int) -> View:
+        return View((9, number), (one,), (), ((absent, Left.LOST),), True, (1,), 2)
+
+    assert said.start(lost(1)).unfenced == ((2, 0),)
+    said.replica.on_fenced(absent, "off")
+    again = said.start(View((9, 2), (one,), (), (), True, (1,), 2))
+    assert not again.unfenced and again.fenced == ((2, 0, "off"),)
+    said.replica.on_view(View((9, 3), (one,), (), (), False))
+    again = said.start(lost(4))
+    assert again.unfenced == ((2, 0),) and not again.fenced, "without quorum nobody knows what node 2 did"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from medium_kit import Ring
+from typing import Any
+
+from medium_kit import Node, Ring
 
 
 def test_a_purge_is_a_message_and_is_stable_like_one() -> None:
@@ -80,3 +82,29 @@ def test_who_is_not_counted_any_more_by_corosync_ends() -> None:
     ring.run()
     one.group.on_change(tuple((node.number, node.pid) for node in (two, three)), (), ())
     assert "does not count" in one.expelled
+
+
+def test_what_a_state_proved_is_open_again_when_that_state_is_gone() -> None:
+    """A member with state ends before anybody took it over: who is absent may have been anything since."""
+    ring = Ring(3)
+    ring.quorate = lambda side: True  # corosync runs on other nodes too
+
+    def without_state(number: int, **options: Any) -> Node:
+        (node,) = ring.start(number, **options)
+        node.has_state = False
+        ring.under_way.clear()
+        ring.form([each.number for each in ring.nodes])
+        ring.run()
+        return node
+
+    one = without_state(1)
+    assert [member.node for member, _ in one.view.left] == [2, 3]
+    (two,) = ring.start(2)
+    ring.run()
+    assert (3, 0, "the state of the cluster is known") in one.of("fenced")
+    ring.end(two)
+    ring.run()
+    again = without_state(2, incarnation=2, ended=[(1, "nothing of it is left")])
+    for node in (one, again):
+        assert node.view.quorate
+        assert [(member.node, member.incarnation) for member, _ in node.view.left] == [(3, 0)]

@@ -6,9 +6,7 @@ import errno
 import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +16,11 @@ from clustermd.testing.blocks import BLOCK_BYTES, content
 from clustermd.testing.exerciser import DISCONNECTED, FINISHED, STOPPED, Exerciser, Plan, Report
 from clustermd.testing.judge import Wrong, judge, nbd_reader
 from clustermd.testing.nbd_client import FUA, Command, Disconnected, NbdClient
+from clustermd.testing.nbdkit import nbdkit
 from clustermd.testing.waiting import wait_until
 from clustermd.testing.write_log import knowledge_of_logs
 
 pytestmark = pytest.mark.needs("nbdkit")
-
-
-@contextmanager
-def server(*arguments: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """nbdkit on a short socket path: what runs, and where."""
-    with tempfile.TemporaryDirectory(prefix="cmd-", dir="/tmp") as directory:
-        socket = f"{directory}/nbd.sock"
-        process = subprocess.Popen(["nbdkit", "--foreground", "-U", socket, *arguments])
-        try:
-            wait_until(Path(socket).exists, "the socket of nbdkit")
-            yield socket, process
-        finally:
-            process.kill()
-            process.wait()
 
 
 @pytest.fixture
@@ -49,7 +34,7 @@ def exercise(tmp_path: Path) -> Callable[..., Report]:
 
 
 def test_requests_reach_the_server_and_come_back() -> None:
-    with server("memory", "1M") as (socket, _), NbdClient(socket) as client:
+    with nbdkit("memory", "1M") as (socket, _), NbdClient(socket) as client:
         assert client.size_bytes == 1 << 20
         client.call(Command.WRITE, 4096, data=content(1, 1, 1), flags=FUA)
         client.call(Command.FLUSH)
@@ -64,7 +49,7 @@ def test_requests_reach_the_server_and_come_back() -> None:
 
 def test_errors_and_the_end_of_a_server_are_told() -> None:
     faults = ["error-pwrite=ENOSPC", "error-pwrite-rate=100%"]
-    with server("--filter=error", "memory", "1M", *faults) as (socket, process), NbdClient(socket) as client:
+    with nbdkit("--filter=error", "memory", "1M", *faults) as (socket, process), NbdClient(socket) as client:
         with pytest.raises(OSError, match="WRITE") as caught:
             client.call(Command.WRITE, 0, data=bytes(4096))
         assert caught.value.errno == errno.ENOSPC
@@ -77,7 +62,7 @@ def test_errors_and_the_end_of_a_server_are_told() -> None:
 def test_what_it_wrote_satisfies_the_judge_and_a_dropped_write_does_not(
     exercise: Callable[..., Report], tmp_path: Path
 ) -> None:
-    with server("memory", "2M") as (socket, _):
+    with nbdkit("memory", "2M") as (socket, _):
         report = exercise(socket)
         assert (report.ended, report.errors) == (FINISHED, [])
         assert min(report.writes, report.reads, report.flushes) > 0
@@ -95,7 +80,7 @@ def test_what_it_wrote_satisfies_the_judge_and_a_dropped_write_does_not(
 
 
 def test_it_stays_inside_its_blocks(exercise: Callable[..., Report]) -> None:
-    with server("memory", "2M") as (socket, _):
+    with nbdkit("memory", "2M") as (socket, _):
         exercise(socket)
         with NbdClient(socket) as client:
             assert client.call(Command.READ, 0, 64 * 4096) == bytes(64 * 4096)
@@ -103,7 +88,7 @@ def test_it_stays_inside_its_blocks(exercise: Callable[..., Report]) -> None:
 
 
 def test_it_stays_inside_its_stripes(exercise: Callable[..., Report], tmp_path: Path) -> None:
-    with server("memory", "1M") as (socket, _):
+    with nbdkit("memory", "1M") as (socket, _):
         assert exercise(socket, first_block=0, end_block=240, stripe=(4, 1, 3), rate=2000).errors == []
     written = set(knowledge_of_logs([tmp_path / "log"]))
     assert len(written) > 40
@@ -111,7 +96,7 @@ def test_it_stays_inside_its_stripes(exercise: Callable[..., Report], tmp_path: 
 
 
 def test_started_again_it_goes_on_with_the_same_log(exercise: Callable[..., Report], tmp_path: Path) -> None:
-    with server("memory", "2M") as (socket, _):
+    with nbdkit("memory", "2M") as (socket, _):
         exercise(socket)
         before = knowledge_of_logs([tmp_path / "log"])
         assert exercise(socket).errors == []
@@ -122,7 +107,7 @@ def test_started_again_it_goes_on_with_the_same_log(exercise: Callable[..., Repo
 
 
 def test_an_old_block_is_noticed_when_it_is_read(exercise: Callable[..., Report]) -> None:
-    with server("memory", "2M") as (socket, _):
+    with nbdkit("memory", "2M") as (socket, _):
         exercise(socket)
         with NbdClient(socket) as client:
             client.call(Command.WRITE_ZEROES, 0, 2 << 20)
@@ -131,13 +116,13 @@ def test_an_old_block_is_noticed_when_it_is_read(exercise: Callable[..., Report]
 
 
 def test_errors_of_the_server_are_reported(exercise: Callable[..., Report]) -> None:
-    with server("--filter=error", "memory", "2M", "error-pwrite=EIO", "error-pwrite-rate=50%") as (socket, _):
+    with nbdkit("--filter=error", "memory", "2M", "error-pwrite=EIO", "error-pwrite-rate=50%") as (socket, _):
         report = exercise(socket)
         assert any(f"error {errno.EIO}" in error for error in report.errors)
 
 
 def test_a_stall_is_measured_and_a_held_server_is_excused(exercise: Callable[..., Report]) -> None:
-    with server("--filter=delay", "memory", "2M", "wdelay=400ms") as (socket, _):
+    with nbdkit("--filter=delay", "memory", "2M", "wdelay=400ms") as (socket, _):
         report = exercise(socket, depth=2)
         assert 0.35 < report.longest_stall_s() < 2
         everything = [(report.started_ns, report.ended_ns)]
@@ -146,7 +131,7 @@ def test_a_stall_is_measured_and_a_held_server_is_excused(exercise: Callable[...
 
 def test_a_killed_server_leaves_writes_in_doubt_and_a_report(tmp_path: Path) -> None:
     log, report_path = tmp_path / "log", tmp_path / "report"
-    with server("--filter=delay", "memory", "2M", "wdelay=20ms") as (socket, process):
+    with nbdkit("--filter=delay", "memory", "2M", "wdelay=20ms") as (socket, process):
         command = [sys.executable, "-m", "clustermd.testing.exerciser", "--socket", socket, "--node", "1"]
         command += ["--blocks", "0..512", "--log", str(log), "--report", str(report_path)]
         with subprocess.Popen(command) as exerciser:
@@ -163,7 +148,7 @@ def test_a_killed_server_leaves_writes_in_doubt_and_a_report(tmp_path: Path) -> 
 
 def test_sigterm_ends_it_with_nothing_in_flight(tmp_path: Path) -> None:
     log, report_path = tmp_path / "log", tmp_path / "report"
-    with server("memory", "2M") as (socket, _):
+    with nbdkit("memory", "2M") as (socket, _):
         command = [sys.executable, "-m", "clustermd.testing.exerciser", "--socket", socket, "--node", "1"]
         command += ["--blocks", "0..512", "--log", str(log), "--report", str(report_path), "--rate", "500"]
         with subprocess.Popen(command) as exerciser:

@@ -6,11 +6,8 @@ general search is compared with all permutations, and the three comparisons with
 
 from __future__ import annotations
 
-import subprocess
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise, permutations
 from pathlib import Path
@@ -36,9 +33,9 @@ from clustermd.testing.history_log import (
     write_of,
 )
 from clustermd.testing.nbd_client import Command, NbdClient
+from clustermd.testing.nbdkit import nbdkit
 from clustermd.testing.register_history import Fence, History, Rule, check
 from clustermd.testing.register_search import Access, TooConcurrent, search
-from clustermd.testing.waiting import wait_until
 from clustermd.testing.write_log import Kind, LogWriter
 
 BLOCK = 7
@@ -438,7 +435,7 @@ def test_a_log_that_is_none_is_refused(tmp_path: Path) -> None:
 @pytest.mark.needs("nbdkit")
 def test_exercisers_record_what_they_read_of_each_other(tmp_path: Path) -> None:
     """One memory, two exercisers: a register. A block set back behind their backs shows, whoever reads it."""
-    with memory("256k") as socket:
+    with nbdkit("memory", "256k") as (socket, _):
         logs = [tmp_path / f"{node}.records" for node in (1, 2)]
         reports = exercise(socket, logs, read_percent=20, cross_read_percent=40)
         assert all(report.errors == [] and report.cross_reads > 100 for report in reports)
@@ -470,27 +467,13 @@ def test_a_read_begins_before_it_is_sent(tmp_path: Path) -> None:
                 sent.append(time.monotonic_ns())
             return super().send(command, *arguments, **named)
 
-    with memory("256k") as socket, Noting(socket) as client:
+    with nbdkit("memory", "256k") as (socket, _), Noting(socket) as client:
         plan = Plan(1, 0, 32, seconds=0.2, read_percent=50, cross_read_percent=49, max_blocks=1, depth=1)
         assert Exerciser(client, plan, tmp_path / "log").run().errors == []
     history = History.read_from_logs([tmp_path / "log"])
     began = [each.start_ns for each in history.operations if each.action is Action.READ]
     assert len(began) == len(sent) > 100
     assert all(start <= at for start, at in zip(began, sent, strict=True))
-
-
-@contextmanager
-def memory(size: str) -> Iterator[str]:
-    """An NBD server of zeroes: its socket."""
-    with tempfile.TemporaryDirectory(prefix="cmd-", dir="/tmp") as directory:
-        socket = f"{directory}/nbd.sock"
-        server = subprocess.Popen(["nbdkit", "--foreground", "-U", socket, "memory", size])
-        try:
-            wait_until(Path(socket).exists, "the socket of nbdkit")
-            yield socket
-        finally:
-            server.kill()
-            server.wait()
 
 
 def exercise(socket: str, logs: Sequence[Path], **mix: int) -> list[Report]:

@@ -203,7 +203,9 @@ class Replica:
             if reason is Left.LEFT:
                 self._left.add(member.key)
                 self._unfenced.discard(member.key)
-            elif member.key not in self._fenced:
+            else:
+                # the group knows no proof: one of former views was of a state that is gone, or this node's alone
+                self._fenced.pop(member.key, None)
                 self._unfenced.add(member.key)
         # who was missed and is back needs no proof, not even when it leaves in peace later
         self._unfenced.difference_update(member.key for member in view.members)

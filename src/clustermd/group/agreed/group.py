@@ -505,8 +505,8 @@ class AgreedGroup:
         for key, (_, words) in change.proved.items():
             if key[1]:
                 self._proofs[key] = words
-            elif key[0] not in {life.member.node for life in change.members}:
-                self._absent[key] = words
+            elif change.fresh and key[0] not in {life.member.node for life in change.members}:
+                self._absent[key] = words  # else only a state proves it, which may end with who brought it
         for key in list(self._proofs)[: max(0, len(self._proofs) - PROOFS_KEPT)]:
             del self._proofs[key]
         self.view = View(
