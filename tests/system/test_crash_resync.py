@@ -34,10 +34,11 @@ def test_a_resync_goes_on_where_it_ended(cluster: LocalCluster, end: Callable[[N
             image.seek(4 << 20)
             image.write(bytes([number + 1]) * (48 << 20))
     one, two = cluster.node("node1"), cluster.node("node2")
+    for node in (one, two):  # before anything is copied
+        node.rundir.make()
+        limit_speed(node, CRAWL_KIB_S)
     one.run("-CR", "md0", *CREATE, *disks)
-    limit_speed(one, CRAWL_KIB_S)
     two.run("-A", "md0", *disks)
-    limit_speed(two, CRAWL_KIB_S)
     slots = one.slot(), two.slot()
     total = -(-look(disks[0]).size_bytes // CHUNK_BYTES)
     wait_until(lambda: 0 < dirty(disks, slots[0]) < total * 9 // 10, "the resync to have copied a tenth", 30)

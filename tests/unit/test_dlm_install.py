@@ -127,7 +127,34 @@ def test_a_fork_that_nobody_present_can_decide_waits_for_the_absent() -> None:
     sides = {1: start("a", "x", shown=1, unfenced=lost), 3: start("a", "mine", shown=1, unfenced=lost)}
     waits = plan(sides)
     assert isinstance(waits, str) and "node 2" in waits and "side" in waits
-    assert goes_on(plan(sides, proved=lost)).authority == (1, 1)
+
+
+def test_a_fork_that_nobody_is_left_to_decide_ends_both_sides() -> None:
+    """Node 2 may have shown the last entry of either, and worked under its lock before it ended."""
+    lost = ((2, 1),)
+    told = goes_on(
+        plan({1: start("a", "x", unfenced=lost), 3: start("a", "mine", unfenced=lost)}, proved=lost)
+    )
+    assert set(told.foreign) == {(1, 1), (3, 1)} and not told.members
+    assert "assembled again" in told.foreign[1, 1]
+
+
+def test_a_side_that_was_no_majority_even_with_the_absent_gives_way() -> None:
+    lost, five = ((5, 1),), (1, 2, 3, 4, 5)
+    sides = {
+        1: start("a", "mine", "mine too", members=five, unfenced=lost),
+        2: start("a", "x", members=five, unfenced=lost),
+        3: start("a", "x", members=five, unfenced=lost),
+        4: start("a", "z", members=five, unfenced=lost),
+    }
+    told = goes_on(plan(sides, configured=5, proved=lost))
+    assert told.authority == (2, 1) and told.current == ((2, 1), (3, 1))
+    assert set(told.foreign) == {(1, 1), (4, 1)}
+
+
+def test_a_fork_whose_sides_are_all_there_goes_on_with_either() -> None:
+    told = goes_on(plan({1: start("a", "x", members=(1, 3)), 3: start("a", "mine", members=(1, 3))}))
+    assert told.authority == (1, 1) and set(told.foreign) == {(3, 1)}, "nobody showed anything past the fork"
 
 
 def test_who_has_a_part_of_the_history_gets_the_rest() -> None:

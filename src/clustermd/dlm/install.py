@@ -37,6 +37,10 @@ WENT_ON = (
     "the cluster went on without this node, which was cut off or declared lost; "
     "its locks are gone and its arrays must be assembled again"
 )
+NOBODY_KNOWS = (
+    "the ring broke, and nobody who is left knows what the nodes that ended then had done last, so the lock state is "
+    "lost; the arrays of this node must be assembled again"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +114,11 @@ def plan_install(
     if side is None:
         if lost:
             return _until_proved(lost, "they alone know on which side of a broken ring the cluster went on")
-        side = _side(stateful, able, votes, 0)
+        may = _may_have_shown(stateful, able, votes, view)
+        if len(may) > 1:
+            foreign |= dict.fromkeys(stateful, NOBODY_KNOWS)
+            return _plan(names, (), (), (), None, foreign, able, b"")
+        side = _side(may[0] if may else stateful, able, votes, 0)
         assert side is not None
     authority = side[0]
     best = able[authority]
@@ -249,6 +257,18 @@ def _side(
     }
     first = min(heads, key=lambda key: (-alike[key], key))
     return [first, *(key for key in best if key != first)]
+
+
+def _may_have_shown(
+    stateful: list[NodeKey], able: Mapping[NodeKey, Start], votes: Mapping[NodeKey, int], view: View
+) -> list[list[NodeKey]]:
+    """The sides of a fork that were a majority together with the members of their last view that are absent."""
+    newest = max(able[key].epoch for key in stateful)
+    forked = [key for key in stateful if able[key].epoch == newest]
+    all_votes = dict(view.all_votes)
+    absent = {member for key in forked for member in able[key].members} - able.keys()
+    gone = sum(all_votes.get(node, 0) for node, _ in absent)
+    return [side for side in _sides(forked, able) if gone + sum(votes[key] for key in side) >= view.majority]
 
 
 def _sides(bearers: list[NodeKey], able: Mapping[NodeKey, Start]) -> list[list[NodeKey]]:

@@ -25,6 +25,7 @@ from clustermd.cluster.messages import Message, MessageType
 from clustermd.cluster.slot_lock import slot_lock_name, try_vacant
 from clustermd.device.helpers import read_bytes
 from clustermd.device.member_device import MemberDevice, Submitter
+from clustermd.dlm import install as install_module
 from clustermd.dlm.engine import Engine
 from clustermd.dlm.modes import Mode
 from clustermd.dlm.replica import Replica
@@ -377,6 +378,11 @@ FLAWS = (
         "proof-heard-late-is-forgotten",
         "a proof that is heard after the loss of quorum that ended its view is forgotten by who had no state then",
         (Replica, "_hear_late", _hears_late_when_it_was_live),
+    ),
+    flaw(
+        "either-side-will-do",
+        "of two forked histories either goes on, once who knew which of them it showed is proved dead",
+        (install_module, "_may_have_shown", lambda *_: []),
     ),
     flaw(
         "own-word-lost-with-quorum",
