@@ -55,7 +55,7 @@ def test_twenty_kills_of_either_node_lose_nothing(cluster: LocalCluster) -> None
         victim = chance.choice((pair.one, pair.two))
         survivor = pair.other(victim)
         third = pair.load(pair.two).blocks[1] * 4096
-        fio = start_fio(cluster, survivor.socket(), 3, 8 << 20, third, rate_iops=300)
+        fio = start_fio(cluster, survivor.socket(), 2, 8 << 20, third, rate_iops=300)
         happened = kill_under_load(pair, victim, chance.random() < 0.5, chance.randrange(200, 2000))
         pair.wait_for_takeover(happened.slot)
         stalls.append(check_survivor(pair, survivor, happened))

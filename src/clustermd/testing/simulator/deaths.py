@@ -92,9 +92,12 @@ class Deaths:
             if array.last_slot >= 0 or writes:
                 self._clients.orphaned(array.machine)
                 death = Death(array, writes, array.last_slot, array.broken_s)
-                if all(link.over for link in array.links) and not array.submitter.in_flight:
-                    # it died between two lives
-                    death.proved_s = array.ended_s if array.ended_s >= 0 else self._cluster.loop.time()
+                if array.ended_s >= 0:
+                    death.proved_s = (
+                        array.ended_s
+                    )  # it died between two lives, whatever it began of the next one
+                elif all(link.over for link in array.links) and not array.submitter.in_flight:
+                    death.proved_s = self._cluster.loop.time()
                 self.open.append(death)
         self._settle()
 
