@@ -4,7 +4,8 @@ Copies may differ while a window covers the range, while a dead node's bits are 
 a chunk of our own awaits its copy. Then every node reads the first usable member in role order, which is also the
 source of the resync (I17, rule 10). Otherwise reads are balanced: a sequential reader stays on its member,
 others go where fewest reads are in flight. A failed read is answered from another member, and the
-bad copy repaired behind it. A read whose life ended by exclusion is refused, whatever came of it.
+bad copy repaired behind it; a member that has failed meanwhile is not believed either. A read whose life ended
+by exclusion is refused, whatever came of it.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ class ReadOp:
                 self.buffer.release()
             return
         request = self.request
-        if result == request.length_bytes:
+        if result != request.length_bytes:
+            self.reader.failed(self, result)
+        elif not self.reader.overtaken(self):
             self.reader.in_flight.discard(self)
             request.owner.completed(request)
-        else:
-            self.reader.failed(self, result)
 
 
 class Reader:
@@ -146,8 +147,29 @@ class Reader:
                 state.tasks.add(task)
                 task.add_done_callback(state.tasks.discard)
                 return
-        again = ReadOp(self, request, member)
-        again.tried = op.tried
+        self._again(op, member, op.tried)
+
+    def overtaken(self, op: ReadOp) -> bool:
+        """Whether the member failed before it answered, so that another one is asked instead."""
+        request = op.request
+        lo = request.offset_bytes >> 9
+        member = self._instead_of(op.member, lo, lo + (request.length_bytes >> 9), op.tried)
+        if member is None or request.error:
+            return False
+        self.in_flight.discard(op)
+        self._again(op, member, op.tried | 1 << op.member.index)
+        return True
+
+    def _instead_of(self, member: Member, lo: int, hi: int, tried: int) -> Member | None:
+        """Whom to read after a late answer of a member that has failed. None: the answer counts.
+
+        Without it the copies may be taken for settled by now: what it had may be what nobody reads any more.
+        """
+        return self.state.first_copy(lo, hi, tried | 1 << member.index) if member.faulty else None
+
+    def _again(self, op: ReadOp, member: Member, tried: int) -> None:
+        again = ReadOp(self, op.request, member)
+        again.tried = tried
         self._issue(again)
 
     async def _in_parts(self, request: Request, lo: int, hi: int) -> None:
@@ -174,7 +196,7 @@ class Reader:
                     if result == -errno.ESHUTDOWN:
                         state.keep(request)
                         return
-                    if result == step * 512:
+                    if result == step * 512 and self._instead_of(member, at, at + step, tried) is None:
                         place = (at - lo) * 512
                         request.buffer.view[place : place + result] = shared.buffer.view[:result]
                         break

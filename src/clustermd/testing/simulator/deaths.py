@@ -91,14 +91,13 @@ class Deaths:
             self._tell(array.machine.name, "process.died", {})
             if array.last_slot >= 0 or writes:
                 self._clients.orphaned(array.machine)
-                death = Death(array, writes, array.last_slot, array.broken_s)
-                if array.ended_s >= 0:
-                    death.proved_s = (
-                        array.ended_s
-                    )  # it died between two lives, whatever it began of the next one
-                elif all(link.over for link in array.links) and not array.submitter.in_flight:
+                death = self._between_or_in_a_life(array, writes)
+                if (
+                    death.proved_s < 0
+                    and all(link.over for link in array.links)
+                    and not array.submitter.in_flight
+                ):
                     death.proved_s = self._cluster.loop.time()
-                self.open.append(death)
         self._settle()
 
     def _excluded(self, array: ArrayProcess) -> None:
@@ -110,7 +109,14 @@ class Deaths:
         writes = self._clients.process_gone(array)
         if array.last_slot >= 0 or writes:
             self._clients.orphaned(array.machine)
-            self.open.append(Death(array, writes, array.last_slot, array.broken_s))
+            self._between_or_in_a_life(array, writes)
+
+    def _between_or_in_a_life(self, array: ArrayProcess, writes: list[Write]) -> Death:
+        """The death of a process. Between two lives nothing has been left since the last one, whatever it began of the
+        next: that is over and proved."""
+        death = Death(array, writes, array.last_slot, array.broken_s, proved_s=array.ended_s)
+        self.open.append(death)
+        return death
 
     def _life_lost(self, array: ArrayProcess) -> None:
         """A membership ended, and the others may go on as if its process were dead."""
@@ -128,10 +134,14 @@ class Deaths:
         """Nothing of that array process, or of a former life of it, can land any more."""
         if array.outlawed:
             self._life_lost(array)  # before it heard of it itself
-        array.ended_s = self._cluster.loop.time()
         over = array.excluded or (not array.process.alive and not array.submitter.in_flight)
         if over:
             self._tell(array.machine.name, "process.drained", {})
+        lost = (
+            array.broken_s >= 0
+        )  # else it is a former life's end that is told while the present one goes on
+        if lost and (over or not array.submitter.in_flight or all(link.over for link in array.links)):
+            array.life_ended()
         for death in self.open:
             if death.array is not array or death.proved_s >= 0:
                 continue

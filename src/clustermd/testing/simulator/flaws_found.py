@@ -380,6 +380,11 @@ FLAWS = (
         (Replica, "_hear_late", _hears_late_when_it_was_live),
     ),
     flaw(
+        "late-answer-counts",
+        "a read is answered with what a member says after it has failed",
+        (Reader, "_instead_of", lambda *_: None),
+    ),
+    flaw(
         "either-side-will-do",
         "of two forked histories either goes on, once who knew which of them it showed is proved dead",
         (install_module, "_may_have_shown", lambda *_: []),

@@ -247,7 +247,7 @@ class ArrayProcess:
         self.last_slot = -1
         self.joined_s = 0.0
         self.broken_s = -1.0  # when its present life ended, however it did; below zero while it lives
-        self.ended_s = -1.0  # when the end of its last life was proved
+        self.ended_s = -1.0  # when that was first proved; below zero before
         self.heard: list[tuple[float, int]] = []  # when it heard of the loss of which slot
         self.why = ""
         cluster.loop.create_task(self._run(), name=f"{machine.name}.start", context=self.process.context)
@@ -298,7 +298,8 @@ class ArrayProcess:
         """Its present life is over, and nothing of it can land any more."""
         if self.broken_s < 0:
             self.broken_s = self.machine.cluster.loop.time()
-        self.ended_s = self.machine.cluster.loop.time()
+        if self.ended_s < 0:
+            self.ended_s = self.machine.cluster.loop.time()
 
     def submit(self, requests: list[Request]) -> None:
         """Client requests, as the export would hand them over."""
