@@ -365,8 +365,10 @@ class Array:
             await gone
 
     def _forget_former_life(self) -> None:
-        """Nobody of it is left who would end its reasons to keep requests: a join may fail while it has some."""
+        """Nobody of it is left who would end its reasons to keep requests, or a window that it heard of while it was
+        given up: a join may fail while it has some."""
         self._no_contact = self._in_doubt = ""
+        self.state.windows.clear()
 
     def hold(self, reason: str) -> None:
         """Contact is lost for now: requests are kept, what is queued waits at the gate."""

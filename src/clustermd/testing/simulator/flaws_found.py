@@ -68,6 +68,10 @@ def _minds_the_last_view_only(self: Replica, view: View) -> None:
 # --- joining ------------------------------------------------------------------------------------------------------
 
 
+def _keeps_what_it_heard_last(self: Array) -> None:
+    self._no_contact = self._in_doubt = ""
+
+
 async def _stays_a_member(self: Cluster) -> None:
     """A life that came to nothing goes on until the next attempt."""
 
@@ -378,6 +382,11 @@ FLAWS = (
         "proof-heard-late-is-forgotten",
         "a proof that is heard after the loss of quorum that ended its view is forgotten by who had no state then",
         (Replica, "_hear_late", _hears_late_when_it_was_live),
+    ),
+    flaw(
+        "window-outlives-its-life",
+        "a window that a life hears of while it is given up keeps the writes of the next one, for ever",
+        (Array, "_forget_former_life", _keeps_what_it_heard_last),
     ),
     flaw(
         "late-answer-counts",
