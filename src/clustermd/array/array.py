@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 
 from clustermd.array.activity import Activity
@@ -30,7 +30,7 @@ from clustermd.array.report import report
 from clustermd.array.request import Kind, Request
 from clustermd.array.resync import Resync
 from clustermd.array.slots import Slots
-from clustermd.array.state import ArrayState
+from clustermd.array.state import ArrayState, Waited
 from clustermd.array.status import ArrayStatus
 from clustermd.array.sweep import Sweep
 from clustermd.array.write import WriteOp, Writer
@@ -356,13 +356,11 @@ class Array:
         state.bitmap = None  # its pages belong to a slot that is not ours any more
 
     async def _no_writes(self) -> None:
-        while self.writer.in_flight:
-            gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            op = next(iter(self.writer.in_flight))
-            if op.waiters is None:
-                op.waiters = []
-            op.waiters.append(partial(_resolve, gone))
-            await gone
+        await _none_left(self.writer.in_flight)
+
+    async def _no_flushes(self) -> None:
+        """Whoever cannot flush must be recorded as faulty, which only a member of the cluster can do."""
+        await _none_left(self.state.flushes)
 
     def _forget_former_life(self) -> None:
         """Nobody of it is left who would end its reasons to keep requests, or a window that it heard of while it was
@@ -588,6 +586,7 @@ class Array:
         await self.activity.done()
         self.faults.resume()
         await self._no_writes()
+        await self._no_flushes()
         left = False
         if not state.read_only:
             try:
@@ -623,6 +622,17 @@ class Array:
     def status(self) -> ArrayStatus:
         """The values behind mdstat and `--detail`."""
         return report(self.state, self.coordinator, self.resync)
+
+
+async def _none_left(ops: Collection[Waited]) -> None:
+    """Wait until all of them have ended."""
+    while ops:
+        gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        op = next(iter(ops))
+        if op.waiters is None:
+            op.waiters = []
+        op.waiters.append(partial(_resolve, gone))
+        await gone
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from collections.abc import Callable
 
 from clustermd.array.faults import Faults
 from clustermd.array.request import Request
@@ -20,7 +21,17 @@ from clustermd.device.member_device import Op
 class FlushOp:
     """One flush in flight."""
 
-    __slots__ = ("_exclusions", "_failed", "_faults", "_pending", "_request", "_shut", "_state", "tick")
+    __slots__ = (
+        "_exclusions",
+        "_failed",
+        "_faults",
+        "_pending",
+        "_request",
+        "_shut",
+        "_state",
+        "tick",
+        "waiters",
+    )
 
     def __init__(self, state: ArrayState, faults: Faults, request: Request) -> None:
         self._state = state
@@ -31,6 +42,7 @@ class FlushOp:
         self._shut = False
         self._pending = 0
         self.tick = state.tick
+        self.waiters: list[Callable[[], None]] | None = None
         for member in state.writable:
             self._pending |= 1 << member.index
             state.submitter.queue(member.device, Op.FLUSH, 0, 0, None, 0, self, member.index)
@@ -73,6 +85,9 @@ class FlushOp:
             task.add_done_callback(state.tasks.discard)
         else:
             self._request.owner.completed(self._request)
+        waiters, self.waiters = self.waiters, None
+        for waiter in waiters or ():
+            waiter()
 
     async def _answer_later(self, error: int) -> None:
         error = await self._faults.recorded() or error

@@ -29,7 +29,13 @@ EXCLUDED = errno.ENODEV
 """The answer to what may never be done: it was asked of a life that others may have taken for dead."""
 
 
-class InFlight(Protocol):
+class Waited(Protocol):
+    """Something whose `waiters` are called once when it has ended."""
+
+    waiters: list[Callable[[], None]] | None
+
+
+class InFlight(Waited, Protocol):
     """Something that waits for members since `tick`."""
 
     tick: int

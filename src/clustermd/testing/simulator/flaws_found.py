@@ -169,6 +169,10 @@ async def _begins_with_all_or_none(self: Metadata) -> None:
 # --- ends -------------------------------------------------------------------------------------------------------------
 
 
+async def _waits_for_none(self: Array) -> None:
+    """The array leaves."""
+
+
 async def _stops_and_merges_on(self: Array) -> None:
     state = self.state
     state.gate.shut("stopped")
@@ -382,6 +386,11 @@ FLAWS = (
         "proof-heard-late-is-forgotten",
         "a proof that is heard after the loss of quorum that ended its view is forgotten by who had no state then",
         (Replica, "_hear_late", _hears_late_when_it_was_live),
+    ),
+    flaw(
+        "flush-outlives-the-stop",
+        "a stop waits for no flush, and who has left can record no fault that one finds",
+        (Array, "_no_flushes", _waits_for_none),
     ),
     flaw(
         "window-outlives-its-life",
