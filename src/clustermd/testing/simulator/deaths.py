@@ -91,12 +91,9 @@ class Deaths:
             self._tell(array.machine.name, "process.died", {})
             if array.last_slot >= 0 or writes:
                 self._clients.orphaned(array.machine)
-                death = self._between_or_in_a_life(array, writes)
-                if (
-                    death.proved_s < 0
-                    and all(link.over for link in array.links)
-                    and not array.submitter.in_flight
-                ):
+                death = self._died(array, writes)
+                landed = all(link.over for link in array.links) and not array.submitter.in_flight
+                if death.proved_s < 0 and landed:
                     death.proved_s = self._cluster.loop.time()
         self._settle()
 
@@ -109,9 +106,9 @@ class Deaths:
         writes = self._clients.process_gone(array)
         if array.last_slot >= 0 or writes:
             self._clients.orphaned(array.machine)
-            self._between_or_in_a_life(array, writes)
+            self._died(array, writes)
 
-    def _between_or_in_a_life(self, array: ArrayProcess, writes: list[Write]) -> Death:
+    def _died(self, array: ArrayProcess, writes: list[Write]) -> Death:
         """The death of a process. Between two lives nothing has been left since the last one, whatever it began of the
         next: that is over and proved."""
         death = Death(array, writes, array.last_slot, array.broken_s, proved_s=array.ended_s)
@@ -137,10 +134,10 @@ class Deaths:
         over = array.excluded or (not array.process.alive and not array.submitter.in_flight)
         if over:
             self._tell(array.machine.name, "process.drained", {})
-        lost = (
-            array.broken_s >= 0
-        )  # else it is a former life's end that is told while the present one goes on
-        if lost and (over or not array.submitter.in_flight or all(link.over for link in array.links)):
+        # a life that goes on has not ended, whatever is told of a former one
+        if array.broken_s >= 0 and (
+            over or not array.submitter.in_flight or all(link.over for link in array.links)
+        ):
             array.life_ended()
         for death in self.open:
             if death.array is not array or death.proved_s >= 0:
