@@ -30,9 +30,10 @@ from clustermd.array.report import report
 from clustermd.array.request import Kind, Request
 from clustermd.array.resync import Resync
 from clustermd.array.slots import Slots
-from clustermd.array.state import ArrayState, Waited
+from clustermd.array.state import ArrayState
 from clustermd.array.status import ArrayStatus
 from clustermd.array.sweep import Sweep
+from clustermd.array.waiters import Waited, end_of
 from clustermd.array.write import WriteOp, Writer
 from clustermd.array.zero import ZERO_PIECE_BYTES, ZeroJob
 from clustermd.clock import Clock
@@ -489,13 +490,8 @@ class Array:
                 return True
             if any(holder.settling for holder in holders):
                 return False
-            gone: asyncio.Future[None] = loop.create_future()
-            holder = holders[0]
-            if holder.waiters is None:
-                holder.waiters = []
-            holder.waiters.append(partial(_resolve, gone))
             try:
-                await asyncio.wait_for(gone, max(0.0, min(1.0, end_s - loop.time())))
+                await asyncio.wait_for(end_of(holders[0]), max(0.0, min(1.0, end_s - loop.time())))
             except TimeoutError:
                 if loop.time() >= end_s:
                     return False
@@ -627,12 +623,7 @@ class Array:
 async def _none_left(ops: Collection[Waited]) -> None:
     """Wait until all of them have ended."""
     while ops:
-        gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        op = next(iter(ops))
-        if op.waiters is None:
-            op.waiters = []
-        op.waiters.append(partial(_resolve, gone))
-        await gone
+        await end_of(next(iter(ops)))
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

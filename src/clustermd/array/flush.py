@@ -15,6 +15,7 @@ from collections.abc import Callable
 from clustermd.array.faults import Faults
 from clustermd.array.request import Request
 from clustermd.array.state import EXCLUDED, ArrayState
+from clustermd.array.waiters import tell_waiters
 from clustermd.device.member_device import Op
 
 
@@ -85,9 +86,7 @@ class FlushOp:
             task.add_done_callback(state.tasks.discard)
         else:
             self._request.owner.completed(self._request)
-        waiters, self.waiters = self.waiters, None
-        for waiter in waiters or ():
-            waiter()
+        tell_waiters(self)
 
     async def _answer_later(self, error: int) -> None:
         error = await self._faults.recorded() or error

@@ -7,18 +7,18 @@ again. The table is a dictionary of granules, so the usual look costs one lookup
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
+
+from clustermd.array.waiters import Waited, tell_waiters
 
 GRANULE_SHIFT = 7  # 128 sectors, 64 KiB
 
 
-class Holder(Protocol):
-    """Something that holds [lo, hi) until it is removed. `waiters` are called once after that."""
+class Holder(Waited, Protocol):
+    """Something that holds [lo, hi) until it is removed, which is its end."""
 
     lo: int
     hi: int
-    waiters: list[Callable[[], None]] | None
 
 
 class Ranges:
@@ -63,11 +63,8 @@ class Ranges:
                 del table[granule]
             else:
                 holders.remove(holder)
-        waiters = holder.waiters
-        if waiters:
-            holder.waiters = None
-            for waiter in waiters:
-                waiter()
+        if holder.waiters:
+            tell_waiters(holder)
 
     def within(self, lo: int, hi: int) -> list[Holder]:
         """All holders that overlap [lo, hi), each once."""

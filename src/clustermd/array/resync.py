@@ -26,6 +26,7 @@ from clustermd.array.member_io import Shared, flush, halves, transfer
 from clustermd.array.metadata import Metadata
 from clustermd.array.state import ArrayState
 from clustermd.array.status import SyncStatus
+from clustermd.array.waiters import end_of
 from clustermd.device.member_device import Op
 from clustermd.errors import ClusterLost, Refused
 from clustermd.ondisk.superblock import MAX_SECTOR
@@ -76,15 +77,8 @@ async def hold_range(state: ArrayState, lo: int, hi: int) -> Step:
 
     Whoever comes later waits for the step from now on, so that clients that never pause cannot keep it waiting.
     """
-    loop = asyncio.get_running_loop()
     step = Step(lo, hi)
-    before: list[asyncio.Future[None]] = []
-    for holder in state.ranges.within(lo, hi):
-        gone: asyncio.Future[None] = loop.create_future()
-        if holder.waiters is None:
-            holder.waiters = []
-        holder.waiters.append(lambda gone=gone: None if gone.done() else gone.set_result(None))  # type: ignore[misc]
-        before.append(gone)
+    before = [end_of(holder) for holder in state.ranges.within(lo, hi)]
     state.ranges.add(step)
     try:
         for gone in before:

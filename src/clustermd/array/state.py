@@ -17,6 +17,7 @@ from clustermd.array.bitmap import Bitmap
 from clustermd.array.member import Member
 from clustermd.array.ranges import Ranges
 from clustermd.array.request import Request
+from clustermd.array.waiters import Waited
 from clustermd.array.windows import Windows
 from clustermd.clock import Clock
 from clustermd.device.member_device import Gate, Submitter
@@ -27,12 +28,6 @@ from clustermd.trace import Trace
 
 EXCLUDED = errno.ENODEV
 """The answer to what may never be done: it was asked of a life that others may have taken for dead."""
-
-
-class Waited(Protocol):
-    """Something whose `waiters` are called once when it has ended."""
-
-    waiters: list[Callable[[], None]] | None
 
 
 class InFlight(Waited, Protocol):

@@ -26,6 +26,7 @@ from clustermd.array.bitmap import Bitmap
 from clustermd.array.bitmap_writer import BitmapWriter
 from clustermd.array.request import Kind, Request
 from clustermd.array.state import EXCLUDED, ArrayState
+from clustermd.array.waiters import when_ended
 from clustermd.device.member_device import Buffer, Op
 
 
@@ -133,9 +134,7 @@ class Writer:
         hi = lo + (request.length_bytes >> 9)
         holder = state.ranges.overlapping(lo, hi)
         if holder is not None:
-            if holder.waiters is None:
-                holder.waiters = []
-            holder.waiters.append(partial(self.start, request))
+            when_ended(holder, partial(self.start, request))
             return
         bitmap = state.the_bitmap()
         chunk_sectors = bitmap.chunk_sectors

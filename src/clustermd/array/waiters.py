@@ -1,0 +1,34 @@
+"""Waiting for the end of one thing in flight: a write, a flush, a step of a copy."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+
+class Waited(Protocol):
+    """Something whose `waiters` are called once when it has ended."""
+
+    waiters: list[Callable[[], None]] | None
+
+
+def when_ended(op: Waited, call: Callable[[], None]) -> None:
+    """Have `call` called once when `op` has ended."""
+    if op.waiters is None:
+        op.waiters = []
+    op.waiters.append(call)
+
+
+def end_of(op: Waited) -> asyncio.Future[None]:
+    """A future that is done when `op` has ended. Whoever waits may give up."""
+    ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    when_ended(op, lambda: None if ended.done() else ended.set_result(None))
+    return ended
+
+
+def tell_waiters(op: Waited) -> None:
+    """`op` has ended."""
+    waiters, op.waiters = op.waiters, None
+    for waiter in waiters or ():
+        waiter()
