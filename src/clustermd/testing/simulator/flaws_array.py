@@ -17,6 +17,7 @@ from clustermd.array.repair import Repair
 from clustermd.array.request import Request
 from clustermd.array.resync import Resync
 from clustermd.array.sweep import Sweep
+from clustermd.array.waiters import when_ended
 from clustermd.array.write import WriteOp, Writer
 from clustermd.device.member_device import Gate, GateState, Op
 from clustermd.device.sweep import Sweep as DeviceSweep
@@ -36,9 +37,7 @@ def _look_first(self: Writer, request: Request) -> None:
     if holder is None or state.windows.blocked(lo, hi):
         _start(self, request)
         return
-    if holder.waiters is None:
-        holder.waiters = []
-    holder.waiters.append(partial(_without_a_look, self, request))
+    when_ended(holder, partial(_without_a_look, self, request))
 
 
 def _without_a_look(self: Writer, request: Request) -> None:
