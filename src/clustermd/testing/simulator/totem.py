@@ -76,6 +76,7 @@ class Daemon:
         self.node = node
         self.alive = True
         self.paused = False
+        self.stopping = False
         self.ring = Ring((0, node), (self,), {}, False)
         self.at = 0
         self.queue: deque[Item] = deque()
@@ -247,6 +248,7 @@ class Totem:
         daemon = self.daemons.get(node)
         if daemon is None or not daemon.runs:
             return
+        daemon.stopping = True
         for peer, connection in daemon.clients.items():
             connection.daemon_ended()
             self.say(daemon, Item("gone", daemon, peer, reason=Reason.PROCDOWN))
@@ -278,9 +280,10 @@ class Totem:
         self._changed(detect_s)
 
     def quorate_with(self, nodes: Iterable[int]) -> bool:
-        """Whether these nodes alone would have quorum, as far as they have been seen."""
+        """Whether these nodes alone would have quorum. A daemon that is being stopped counts as the new one that
+        follows it, which has not seen anybody yet."""
         daemons = [self.daemons[node] for node in nodes if self.up(node)]
-        return self._quorate(daemons)
+        return self._quorate(Daemon(daemon.node) if daemon.stopping else daemon for daemon in daemons)
 
     # --- processes --------------------------------------------------------------------------------------
 
