@@ -65,7 +65,7 @@ check: setup
 
 test: setup check
 	$(BIN)/pytest -n 2 --dist worksteal -m "not alone and not machines"
-	$(BIN)/pytest -n 2 --dist loadfile -m machines
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -m machines tests/system
 	$(BIN)/pytest -m "alone and not machines"
 
 # Debian starts a server that it installs; RUNLEVEL=1 says not to: the benchmark has servers of its own.
