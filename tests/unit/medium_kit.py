@@ -11,7 +11,7 @@ nothing is under way.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from clustermd.group.agreed.change import Configured
@@ -123,11 +123,13 @@ class Node:
 
 
 class Ring:
-    """All nodes. `votes` are one each; quorum is a majority unless a test says otherwise."""
+    """All nodes, with one vote each unless `votes` says otherwise; quorum is a majority of nodes unless a test does."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, votes: Sequence[int] = ()) -> None:
         self.clock = HandClock()
-        self.configured = [Configured(number, f"node{number}", 1) for number in range(1, count + 1)]
+        self.configured = [
+            Configured(number, f"node{number}", own) for number, own in enumerate(votes or [1] * count, 1)
+        ]
         self.nodes: list[Node] = []
         self.under_way: list[tuple[Node, bytes]] = []
         self.sequence = 4

@@ -497,6 +497,19 @@ def test_a_lease_lasts_while_a_majority_answers_and_from_the_moment_of_the_beat(
     assert one.leases[-1] > ring.clock.at_s
 
 
+def test_a_node_without_votes_has_a_lease_while_a_majority_answers_it() -> None:
+    ring = Ring(3, votes=(1, 1, 0))
+    one, two, three_ = ring.start(1, 2, 3, lease_s=10.0)
+    ring.run()
+    ring.tick(5)
+    assert three_.leases[-1] > ring.clock.at_s + 5
+    three_.side = frozenset((3,))  # nobody hears it, and nobody has noticed
+    for node in (one, two):
+        node.side = frozenset((1, 2))
+    ring.tick(12)
+    assert three_.leases[-1] < ring.clock.at_s < one.leases[-1]
+
+
 def test_an_operator_can_vouch_for_who_is_lost_and_for_nobody_else() -> None:
     ring, (one, two, three_) = three()
     with pytest.raises(Refused, match="nobody"):
@@ -506,6 +519,26 @@ def test_an_operator_can_vouch_for_who_is_lost_and_for_nobody_else() -> None:
     two.group.vouch("node3", "it burnt")
     ring.run()
     assert one.of("fenced") == [(3, 1, "it burnt")]
+
+
+def test_where_leases_are_all_quorum_without_a_majority_has_nobody_waited_out() -> None:
+    ring = Ring(4)
+    ring.quorate = lambda side: True  # last_man_standing
+    one, two, three_, four = ring.start(1, 2, 3, 4, lease_s=2.0)
+    ring.run()
+    ring.tick(3)
+    ring.lose(four)
+    ring.run()
+    assert [victim.node for victim in one.fencing] == [4], "three of four are a majority"
+    ring.lose(three_)
+    ring.run()
+    ring.tick(60)
+    assert one.cancelled == [4] and len(one.fencing) == 1 and not two.fencing
+    assert "no majority of all votes" in one.group.unproved
+    for node in (3, 4):
+        two.group.vouch(f"node{node}", "it burnt")
+    ring.run()
+    assert {heard[0] for heard in one.of("fenced")} == {3, 4}
 
 
 def test_bytes_of_strangers_change_nothing() -> None:

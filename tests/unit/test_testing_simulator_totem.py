@@ -47,7 +47,13 @@ class Kit:
         self.failed: list[dict[str, Any]] = []
         dice = Dice(seed)
         self.loop = SimLoop(dice.stream("loop"), self.failed.append)  # type: ignore[abstract]
-        self.totem = Totem(self.loop, dice, nodes, two_node=two_node, wait_for_all=wait_for_all)
+        self.totem = Totem(
+            self.loop,
+            dice,
+            dict.fromkeys(range(1, nodes + 1), 1),
+            two_node=two_node,
+            wait_for_all=wait_for_all,
+        )
         self.ears: dict[int, Ear] = {}
         self.ways: dict[int, Connection] = {}
         for node in range(1, nodes + 1):

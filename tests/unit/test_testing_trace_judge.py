@@ -200,7 +200,7 @@ def _views(s: Story, *nodes: str, majority: int = 2) -> Story:
     """All lock daemons are in one quorate view."""
     for node in nodes:
         members = list(range(1, len(nodes) + 1))
-        s.say(node, "group.view", ring=(1, 4, 1), members=members, majority=majority, quorate=True)
+        s.say(node, "group.view", ring=(1, 4, 1), members=members, majority=majority, votes=1, quorate=True)
     return s
 
 
@@ -275,7 +275,7 @@ def _(s: Story, bad: bool) -> None:
 
 def test_two_sides_that_fence_the_same_node_know_nothing_of_each_other() -> None:
     s = _views(Story(), "one", "two").say("one", "group.fencing", node=3)
-    s.say("two", "group.view", ring=(2, 8, 2), members=[2], majority=1, quorate=True)
+    s.say("two", "group.view", ring=(2, 8, 2), members=[2], majority=1, votes=1, quorate=True)
     assert s.say("two", "group.fencing", node=3).rules() == []
 
 

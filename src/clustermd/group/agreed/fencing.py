@@ -10,6 +10,8 @@ it is waited for by name. At the start of a cluster the absent are given `startu
 
 Where both sides of a cut cluster are quorate (two_node) both would switch each other off at the same moment, and nobody
 be left. There the side with the lowest node goes first: the other one, should it live, follows `race_s` later.
+Where nodes act by leases, quorum without a majority of votes (last_man_standing) proves nothing: the lost ones may be
+the majority, and have leases. Then an operator's word is all that is left.
 """
 
 from __future__ import annotations
@@ -63,6 +65,7 @@ class Fencing:
         self._startup_s = startup_s
         self._race_s = race_s
         self._contested = False
+        self._powerless = False
         self.lost: dict[Key, Lost] = {}
         self._nodes: tuple[int, ...] = ()
         self._in_ring: frozenset[int] = frozenset()
@@ -78,14 +81,17 @@ class Fencing:
         were_here: Container[Key] = (),
         *,
         contested: bool = False,
+        leases: bool = False,
     ) -> None:
         """A quorate view of `nodes` has begun in which these lives are lost and not proved dead.
 
         Whoever of them was in the last view of some member (`were_here`) is lost since now, though this node may have
         missed it longer: it may have had a lease meanwhile. Which nodes failed to fence is forgotten, so that all know
-        the same of it. `contested`: those here are no majority, so the lost ones may be quorate as well.
+        the same of it. `contested`: those here are no majority, so the lost ones may be quorate as well; with `leases`
+        those here have none then.
         """
         self._contested = contested
+        self._powerless = contested and leases
         before = self.lost
         self.lost = {}
         for life in lost:
@@ -199,6 +205,11 @@ class Fencing:
         )
         if left_s > 0:
             return f"it has {left_s:.0f} s more to come before it is fenced"
+        if self._powerless:
+            return (
+                "those who are here are no majority of all votes, so the others may be one, and have leases:"
+                " if it is off, say so (clustermd cluster fence-ack)"
+            )
         if self._contested and self._nodes and node < min(self._nodes):
             left_s = max((lost.since_s + self._race_s - now_s for lost in self._of(node)), default=0.0)
             if left_s > 0:

@@ -529,9 +529,10 @@ class AgreedGroup:
             members=[member.node for member in members],
             quorate=True,
             majority=self._majority,
+            votes=self._nodes[self.me.node].votes,
         )
         if self._lease_s:
-            own_votes = {key[0]: own for key, own in votes.items() if own}
+            own_votes = {member.node: self._nodes[member.node].votes for member in members}
             self._lease = Lease(self.me.node, own_votes, self._majority, self._lease_s)
         else:
             self._on_lease(math.inf)
@@ -541,7 +542,8 @@ class AgreedGroup:
             self._tell_fenced(life.member, words)
         were_here = {life.key for hello in self._hellos.values() for life in hello.last}
         nodes = tuple(member.node for member in members)
-        self._fencing.view(lost, nodes, now_s, were_here, contested=not self._stability.by_majority)
+        contested, leases = not self._stability.by_majority, bool(self._lease_s)
+        self._fencing.view(lost, nodes, now_s, were_here, contested=contested, leases=leases)
         self._say_proofs()
         if self._left_cleanly is not None:
             self._send(control(["leave"]))

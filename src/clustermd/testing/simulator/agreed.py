@@ -91,7 +91,7 @@ class AgreedPort(Client):
         self.agreed = AgreedGroup(
             Life(self.me, boot),
             pid,
-            [Configured(number, f"node{number}", 1) for number in range(1, plan.nodes + 1)],
+            [Configured(number, f"node{number}", votes) for number, votes in plan.votes_of.items()],
             "simulated",
             self,
             SimFencer(cluster, self, cluster.dice.stream("fencer")),

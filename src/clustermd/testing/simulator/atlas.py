@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 DOWN_S = (0.3, 1.0, 3.0, 8.0)
 LANDS_WITHIN_S = 12.0
 """Longer than any request of a run takes to the medium: a stuck disk, then the longest delay of what lands late."""
+VOTES = (1, 2, 1, 3, 0)
+"""Of a node, where not all have one."""
 SHORT_S = (0.01, 0.1, 0.5, 1.5)
 DETECT_S = (0.002, 0.05, 0.4, 1.0)
 POINTS = (
@@ -300,7 +302,7 @@ def draw_plan(seed: int, dice: Dice, operations: int = 250, faults: int = 10) ->
         daemon_sleep_s=1 + draw.below(2),
         discard=bool(draw.below(3)),
     )
-    plan = _meet(plan, dice.stream("group"))
+    plan = _count(_meet(plan, dice.stream("group")), dice.stream("votes"))
     work = draw_work(plan, dice, operations)
     return replace(plan, work=work, faults=draw_faults(plan, dice, faults, work[-1].at_s + 1.0))
 
@@ -324,3 +326,14 @@ def _meet(plan: Plan, draw: Stream) -> Plan:
         device_bound_s=LANDS_WITHIN_S if fence == "lease" else 0.0,
         wait_for_all=plan.two_node or draw.one_in(5),
     )
+
+
+def _count(plan: Plan, draw: Stream) -> Plan:
+    """What their votes are, where they meet by corosync, and whether those who are left are quorate though they are no
+    majority."""
+    if plan.durable or plan.two_node:
+        return plan
+    if draw.one_in(4):
+        votes = tuple(VOTES[draw.below(len(VOTES))] for _ in range(plan.nodes))
+        plan = replace(plan, votes=votes if sum(votes) else ())
+    return replace(plan, last_man_standing=plan.fence != "storage" and draw.one_in(3))

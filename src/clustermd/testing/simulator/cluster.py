@@ -53,7 +53,14 @@ class SimCluster:
             self.group = SimGroup(loop, dice)
             self.group.on_lost = lambda: loop.later(0.0, self.watch_lost)
         else:
-            self.totem = Totem(loop, dice, plan.nodes, two_node=plan.two_node, wait_for_all=plan.wait_for_all)
+            self.totem = Totem(
+                loop,
+                dice,
+                plan.votes_of,
+                two_node=plan.two_node,
+                wait_for_all=plan.wait_for_all,
+                last_man_standing=plan.last_man_standing,
+            )
         self.counts: Counter[str] = Counter()
         self.boxes = [
             Box(f"box{number}", plan.data_offset_sectors + plan.array_sectors, dice, watcher)
@@ -423,10 +430,14 @@ class SimCluster:
         return [array for array in self._arrays if array.machine.number == node]
 
     def goes_on_with(self, machines: list[Machine]) -> bool:
-        """Whether these may go on though nobody else starts: who was refused at the boxes waits for who did that."""
-        return self.totem is None or self.totem.quorate_with(
-            machine.number for machine in machines if not machine.refused
-        )
+        """Whether these may go on though nobody else starts: who was refused at the boxes waits for who did that, and
+        who needs leases for a majority of all votes."""
+        if self.totem is None:
+            return True
+        able = [machine.number for machine in machines if not machine.refused]
+        votes = self.plan.votes_of
+        majority = 2 * sum(votes[number] for number in able) > sum(votes.values())
+        return self.totem.quorate_with(able) and (majority or not self.plan.lease_s)
 
     def refused_at_boxes(self, node: int) -> bool:
         return self.machines[node].refused

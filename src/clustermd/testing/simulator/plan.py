@@ -25,8 +25,9 @@ class Plan:
 
     Where it is corosync's, `fence` says who makes sure of a lost node's end (`fencer`; "" is "storage" with
     `storage_fence`, else "power"), `lease_s` how long a node may act that nobody hears (0: no leases) and
-    `device_bound_s` what is added for requests on their way. `resync_kib_s`: how fast copies go at least and at
-    most, in KiB/s.
+    `device_bound_s` what is added for requests on their way. `votes` are the nodes' (one each if there are none),
+    and with `last_man_standing` a cluster that lost nodes comes to expect no more votes than it has.
+    `resync_kib_s`: how fast copies go at least and at most, in KiB/s.
     """
 
     seed: int = 0
@@ -42,6 +43,8 @@ class Plan:
     device_bound_s: float = 0.0
     two_node: bool = False
     wait_for_all: bool = False
+    votes: tuple[int, ...] = ()
+    last_man_standing: bool = False
     late_s: tuple[float, ...] = (0.001, 0.05, 0.5, 4.0)
     data_offset_sectors: int = 256
     array_sectors: int = 2048
@@ -52,6 +55,11 @@ class Plan:
     resync_kib_s: tuple[int, int] = (1000, 200_000)
     work: tuple[Step, ...] = ()
     faults: tuple[Step, ...] = ()
+
+    @property
+    def votes_of(self) -> dict[int, int]:
+        """Each node's votes."""
+        return {number: self.votes[number - 1] if self.votes else 1 for number in range(1, self.nodes + 1)}
 
     @property
     def fencing(self) -> str:
@@ -68,6 +76,7 @@ class Plan:
         return replace(
             plan,
             late_s=tuple(plan.late_s),
+            votes=tuple(plan.votes),
             resync_kib_s=(plan.resync_kib_s[0], plan.resync_kib_s[1]),
             work=tuple(Step(**step) for step in values.get("work", ())),
             faults=tuple(Step(**step) for step in values.get("faults", ())),

@@ -11,6 +11,8 @@ seen to do (dlm.md 5.2):
 - What was waiting to be sent in a change is delivered in the next ring, before or after the change is told, or never.
 - Both sides of a cut have the same ring sequence. A ring is told before or after the change of membership, quorum is
   told when it pleases. One change comes as one or two. Who comes from the other side comes as NODEUP.
+- With last_man_standing a ring that has had quorum for a while expects no more votes than it has. Who comes from a
+  ring that expects more brings that along, and a new daemon expects all.
 - A process that ends is an ordered PROCDOWN, without a new ring. The clean stop of a daemon is one, too.
 - A daemon that stood still finds itself alone first. While a ring is being made nothing can be sent.
 """
@@ -18,7 +20,7 @@ seen to do (dlm.md 5.2):
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from clustermd.group.agreed.hello import Peer
@@ -33,6 +35,8 @@ DETECT_S = (0.4, 1.0, 2.0)
 MEET_S = (0.01, 0.1, 0.6)
 SYNC_S = (0.0005, 0.005, 0.1)
 QUORUM_S = (0.002, 0.001, 0.0, 0.05, 0.4)
+LAST_MAN_STANDING_S = 0.7
+"""The window of last_man_standing: short, as runs are."""
 QUEUE = 64
 ENDS_S = 0.01
 
@@ -72,8 +76,9 @@ class Ring:
 class Daemon:
     """The corosync of one node, from its start to its end."""
 
-    def __init__(self, node: int) -> None:
+    def __init__(self, node: int, expected: int) -> None:
         self.node = node
+        self.expected = expected  # votes
         self.alive = True
         self.paused = False
         self.stopping = False
@@ -198,16 +203,25 @@ class Connection:
 
 
 class Totem:
-    """All nodes' corosync. Each node has one vote."""
+    """All nodes' corosync. `votes`: of each node."""
 
-    def __init__(self, loop: SimLoop, dice: Dice, nodes: int, *, two_node: bool, wait_for_all: bool) -> None:
+    def __init__(
+        self,
+        loop: SimLoop,
+        dice: Dice,
+        votes: Mapping[int, int],
+        *,
+        two_node: bool,
+        wait_for_all: bool,
+        last_man_standing: bool = False,
+    ) -> None:
         self.loop = loop
         self.draw = dice.stream("order")
         self._fate = dice.stream("totem")
-        self._nodes = nodes
+        self._votes = dict(votes)
         self._two_node = two_node
         self._wait_for_all = wait_for_all or two_node
-        self.majority = nodes // 2 + 1
+        self._last_man_standing = last_man_standing
         self.daemons: dict[int, Daemon] = {}
         self._sequences: dict[int, int] = {}
         self._cut: frozenset[int] = frozenset()
@@ -228,7 +242,7 @@ class Totem:
         """A new daemon: alone at first."""
         if self.up(node):
             return
-        daemon = self.daemons[node] = Daemon(node)
+        daemon = self.daemons[node] = self._new(node)
         self._form((daemon,))
         self._changed()
 
@@ -283,7 +297,7 @@ class Totem:
         """Whether these nodes alone would have quorum. A daemon that is being stopped counts as the new one that
         follows it, which has not seen anybody yet."""
         daemons = [self.daemons[node] for node in nodes if self.up(node)]
-        return self._quorate(Daemon(daemon.node) if daemon.stopping else daemon for daemon in daemons)
+        return self._quorate(self._new(daemon.node) if daemon.stopping else daemon for daemon in daemons)
 
     # --- processes --------------------------------------------------------------------------------------
 
@@ -507,7 +521,7 @@ class Totem:
             daemon.ring, daemon.at, daemon.syncing = ring, 0, True
             if self._fate.one_in(3):
                 daemon.queue = deque(item for item in daemon.queue if item.kind != "message")
-        if len(component) == self._nodes or any(daemon.seen_all for daemon in component):
+        if len(component) == len(self._votes) or any(daemon.seen_all for daemon in component):
             for daemon in component:
                 daemon.seen_all = True
         for daemon in component:
@@ -515,6 +529,17 @@ class Totem:
                 self._tell_quorum(connection, ring)
             self._turn_soon(daemon)
         self.loop.later(self._pick(SYNC_S), self._synchronized, ring)
+        if self._last_man_standing:
+            expected = max(daemon.expected for daemon in component)
+            for daemon in component:
+                daemon.expected = expected
+            self.loop.later(LAST_MAN_STANDING_S, self._expect_less, ring)
+
+    def _expect_less(self, ring: Ring) -> None:
+        """The window of last_man_standing is over."""
+        if self._whole(ring) and self._quorate(ring.daemons):
+            for daemon in ring.daemons:
+                daemon.expected = self._sum(ring.daemons)
 
     def _even_out(self, side: frozenset[Daemon]) -> None:
         """What one of those who go on together had, all have: up to a gap, then only what they said themselves."""
@@ -572,8 +597,15 @@ class Totem:
     def _quorate(self, daemons: Iterable[Daemon]) -> bool:
         daemons = tuple(daemons)
         if self._wait_for_all and not any(daemon.seen_all for daemon in daemons):
-            return len(daemons) == self._nodes
-        return len(daemons) >= self.majority or (self._two_node and bool(daemons))
+            return len(daemons) == len(self._votes)
+        quorum = max((daemon.expected for daemon in daemons), default=0) // 2 + 1
+        return self._sum(daemons) >= quorum or (self._two_node and bool(daemons))
+
+    def _sum(self, daemons: Iterable[Daemon]) -> int:
+        return sum(self._votes[daemon.node] for daemon in daemons)
+
+    def _new(self, node: int) -> Daemon:
+        return Daemon(node, sum(self._votes.values()))
 
 
 def _delivery(client: Client, item: Item) -> Callable[[], None]:

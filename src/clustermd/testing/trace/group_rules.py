@@ -18,7 +18,7 @@ Place = tuple[int, bytes]
 
 
 class ShownBeforeMajority(RuleOverLives):
-    """What is shown is had by a majority of nodes; where the view is none, by all of the view.
+    """What is shown is had by a majority of votes; where the view has none, by all of the view.
 
     Whoever asked for something has that too, though it has not been told of it yet, if it has what came before.
     """
@@ -34,12 +34,14 @@ class ShownBeforeMajority(RuleOverLives):
         self._asked: dict[Place, tuple[str | None, Place | None]] = {}
         self._last: dict[str, Place] = {}
         self._views: dict[str, tuple[int, int]] = {}
+        self._votes: dict[str, int] = {}
 
     def see(self, event: Event) -> Sequence[Violation]:
         fields = event.fields
         if event.name == "group.view":
             if fields["quorate"]:
                 self._views[event.node] = len(fields["members"]), fields["majority"]
+                self._votes[event.node] = fields["votes"]
             return ()
         place = fields["applied"], fields["chain"]
         if event.name in ("dlm.apply", "dlm.loaded"):
@@ -53,7 +55,8 @@ class ShownBeforeMajority(RuleOverLives):
             return ()  # an order that is durable by itself
         members, majority = self._views[event.node]
         have = self._applied.get(place, set()) | self._on_the_way(place)
-        if len(have) >= min(members, majority):
+        most = max(self._votes.values())  # of somebody who is not known
+        if len(have) >= members or sum(self._votes.get(node, most) for node in have) >= majority:
             return ()
         words = f"{event.node} shows entry {place[0]}, and of {members} members only {sorted(have)} have it"
         return (self.violation(event, words),)
