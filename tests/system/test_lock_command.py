@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 from lock_kit import PATIENCE_S, QUICK, Locks, Program, runs
@@ -194,8 +195,17 @@ def test_a_command_has_no_descriptor_of_the_lock(locks: Locks) -> None:
     assert listed.out == "0\n"
 
 
+@contextmanager
+def started_with(number: signal.Signals, disposition: signal.Handlers) -> Iterator[None]:
+    """What is started within inherits it, whatever these tests were started with."""
+    before = signal.signal(number, disposition)
+    yield
+    signal.signal(number, before)
+
+
 def test_signals_go_to_the_command_and_end_who_waits(locks: Locks) -> None:
-    first, _ = locks.hold("n1", "trap 'echo told; exit 5' HUP; echo $$; while :; do sleep 0.05; done")
+    with started_with(signal.SIGHUP, signal.SIG_DFL):
+        first, _ = locks.hold("n1", "trap 'echo told; exit 5' HUP; echo $$; while :; do sleep 0.05; done")
     second = locks.start("n2", "lock", "r", "--", "true")
     wait_until(lambda: second.err, "the second to wait", PATIENCE_S)
     os.kill(second.pid, signal.SIGTERM)
@@ -205,6 +215,17 @@ def test_signals_go_to_the_command_and_end_who_waits(locks: Locks) -> None:
     assert first.end() == 5 and first.out.splitlines()[1:] == ["told"]
     third = locks.run("n2", "lock", "r", "--nonblock", "--", "true")
     assert third.popen.returncode == 0, "the second's request is gone"
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_what_is_ignored_from_the_start_ends_nobody(locks: Locks, number: signal.Signals) -> None:
+    first, _ = locks.hold("n1", "echo $$; until [ -e go ]; do sleep 0.05; done")
+    with started_with(number, signal.SIG_IGN):
+        second = locks.start("n1", "lock", "r", "--", "echo", "done")
+    wait_until(lambda: second.err, "the second to wait", PATIENCE_S)
+    os.kill(second.pid, number)
+    (locks.cluster.directory / "go").touch()
+    assert [first.end(), second.end(), second.out] == [0, 0, "done\n"]
 
 
 def test_fifty_commands_of_two_nodes_never_work_at_once(locks: Locks) -> None:

@@ -31,7 +31,7 @@ from clustermd.rundir import RunDir
 
 _SAY_S = 1.0
 _STATUS_S = 5.0
-_PASSED_ON = (signal.SIGTERM, signal.SIGHUP)
+_PASSED_ON = frozenset((signal.SIGTERM, signal.SIGHUP))
 _TO_ALL = (signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP)
 _WORD_BYTES = 64
 
@@ -79,6 +79,9 @@ class _Holder:
         self._grace_s = grace_s
         self._events: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
         self._told: object = None
+        # what is ignored from the start stays so: nohup(1), and a shell's background without job control
+        signals = (*_PASSED_ON, signal.SIGINT)
+        self._heeded = {number for number in signals if signal.getsignal(number) is not signal.SIG_IGN}
 
     async def live(self) -> int:
         loop = asyncio.get_running_loop()
@@ -91,7 +94,7 @@ class _Holder:
             ended_by.append(number)
             task.cancel()
 
-        for number in (*_PASSED_ON, signal.SIGINT):
+        for number in self._heeded:
             loop.add_signal_handler(number, stop, number)
         loop.add_reader(self._guard.link, self._heard)
         try:
@@ -191,7 +194,7 @@ class _Holder:
         ours = descendants() - {guard.pid}
         loop.remove_signal_handler(signal.SIGINT)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        for number in _PASSED_ON:
+        for number in self._heeded & _PASSED_ON:
             loop.add_signal_handler(number, guard.say, "signal", int(number))
         guard.say("run")
         lost = False
