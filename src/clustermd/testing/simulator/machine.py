@@ -235,6 +235,7 @@ class ArrayProcess:
         self.paths = [Path(box, cluster.plan.discard) for box in cluster.boxes]
         for path in self.paths:
             path.lost_path = path.path in machine.lost_paths
+            path.fenced = machine.refused
         self.trace = Trace()
         self.trace.listen(lambda name, fields: cluster.point(machine, self.process, name, fields))
         self.links: list[SimLink] = []
