@@ -541,6 +541,25 @@ def test_where_leases_are_all_quorum_without_a_majority_has_nobody_waited_out() 
     assert {heard[0] for heard in one.of("fenced")} == {3, 4}
 
 
+def test_a_lease_is_waited_out_anew_when_others_may_have_made_it_longer_meanwhile() -> None:
+    ring = Ring(5)
+    one, two, *_ = ring.start(1, 2, 3, 4, 5, lease_s=2.0)
+    ring.run()
+    ring.split((1, 2, 3), (4, 5))
+    ring.run()
+    first_s = ring.clock.at_s
+    ring.split((1, 2), (3, 4, 5))
+    ring.run()
+    ring.tick(10)
+    ring.nodes = [one, two]
+    ring.start(
+        3, incarnation=2, boot="another", lease_s=2.0
+    )  # which does not know any more that it was with 4 and 5
+    ring.run()
+    since_s = {(victim.node, victim.lost_at_boottime_s) for victim in one.fencing}
+    assert since_s == {(node, at_s) for node in (4, 5) for at_s in (first_s, ring.clock.at_s)}
+
+
 def test_bytes_of_strangers_change_nothing() -> None:
     _, (one, two, _) = three()
     views = len(one.of("view"))

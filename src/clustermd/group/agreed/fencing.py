@@ -65,7 +65,7 @@ class Fencing:
         self._startup_s = startup_s
         self._race_s = race_s
         self._contested = False
-        self._powerless = False
+        self._outvoted = False
         self.lost: dict[Key, Lost] = {}
         self._nodes: tuple[int, ...] = ()
         self._in_ring: frozenset[int] = frozenset()
@@ -81,22 +81,25 @@ class Fencing:
         were_here: Container[Key] = (),
         *,
         contested: bool = False,
-        leases: bool = False,
+        outvoted: bool = False,
+        unbroken: bool = True,
     ) -> None:
         """A quorate view of `nodes` has begun in which these lives are lost and not proved dead.
 
         Whoever of them was in the last view of some member (`were_here`) is lost since now, though this node may have
         missed it longer: it may have had a lease meanwhile. Which nodes failed to fence is forgotten, so that all know
-        the same of it. `contested`: those here are no majority, so the lost ones may be quorate as well; with `leases`
-        those here have none then.
+        the same of it. `contested`: those here are no majority, so the lost ones may be quorate as well; `outvoted`:
+        they may have leases, too. While that was so, or quorum was gone (not `unbroken`), a node that is here now may
+        have made the lost ones a majority, and not remember it: they are lost since now.
         """
+        anew = self._outvoted or not unbroken
         self._contested = contested
-        self._powerless = contested and leases
+        self._outvoted = outvoted
         before = self.lost
         self.lost = {}
         for life in lost:
             known = before.get(life.key)
-            if known is None or life.key in were_here:
+            if known is None or anew or life.key in were_here:
                 self.lost[life.key] = Lost(life, now_s)
             else:
                 self.lost[life.key] = Lost(life, known.since_s, rounds=known.rounds)
@@ -205,7 +208,7 @@ class Fencing:
         )
         if left_s > 0:
             return f"it has {left_s:.0f} s more to come before it is fenced"
-        if self._powerless:
+        if self._outvoted:
             return (
                 "those who are here are no majority of all votes, so the others may be one, and have leases:"
                 " if it is off, say so (clustermd cluster fence-ack)"

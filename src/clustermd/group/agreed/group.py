@@ -521,7 +521,7 @@ class AgreedGroup:
             unbroken=self._unbroken,
             late=tuple(self._late),
         )
-        self._unbroken = True
+        unbroken, self._unbroken = self._unbroken, True
         self._late = []
         self._trace.point(
             "group.view",
@@ -542,8 +542,16 @@ class AgreedGroup:
             self._tell_fenced(life.member, words)
         were_here = {life.key for hello in self._hellos.values() for life in hello.last}
         nodes = tuple(member.node for member in members)
-        contested, leases = not self._stability.by_majority, bool(self._lease_s)
-        self._fencing.view(lost, nodes, now_s, were_here, contested=contested, leases=leases)
+        in_ring = sum(node.votes for node in self._nodes.values() if node.number in self._ring_nodes)
+        self._fencing.view(
+            lost,
+            nodes,
+            now_s,
+            were_here,
+            contested=not self._stability.by_majority,
+            outvoted=bool(self._lease_s) and in_ring < self._majority,
+            unbroken=unbroken or not self._lease_s,
+        )
         self._say_proofs()
         if self._left_cleanly is not None:
             self._send(control(["leave"]))

@@ -235,7 +235,7 @@ class ArrayProcess:
         self.paths = [Path(box, cluster.plan.discard) for box in cluster.boxes]
         for path in self.paths:
             path.lost_path = path.path in machine.lost_paths
-            path.fenced = machine.refused
+            path.fenced = machine.outlives_its_end
         self.trace = Trace()
         self.trace.listen(lambda name, fields: cluster.point(machine, self.process, name, fields))
         self.links: list[SimLink] = []
@@ -353,6 +353,11 @@ class Machine:
     @property
     def up(self) -> bool:
         return self.lockd is not None and self.lockd.process.alive
+
+    @property
+    def outlives_its_end(self) -> bool:
+        """Whether the boxes refuse it, and its lock daemon is the one that was declared dead then."""
+        return self.refused and self.lockd is not None and self.lockd.declared_dead
 
     @property
     def serving(self) -> bool:
