@@ -1,7 +1,7 @@
 """Flush: every working member's cache, for all writes answered before (rule 19).
 
 A member that cannot flush is failed, and the client is answered when that is recorded: what it holds in its
-cache may be gone, and nobody may read it as if it were not.
+cache may be gone, and nobody may read it as if it were not. So it is with one that failed before, and was not asked.
 
 What was asked of a life that ended by exclusion is refused: it says nothing about what the others wrote since.
 """
@@ -79,14 +79,17 @@ class FlushOp:
         state.flushes.discard(self)
         if self._shut:
             state.keep(self._request)
-        elif self._failed:
-            fine = self._faults.fail(self._failed, "a flush failed")
+        elif self._awaits_record():
+            fine = not self._failed or self._faults.fail(self._failed, "a flush failed")
             task = asyncio.get_running_loop().create_task(self._answer_later(0 if fine else errno.EIO))
             state.tasks.add(task)
             task.add_done_callback(state.tasks.discard)
         else:
             self._request.owner.completed(self._request)
         tell_waiters(self)
+
+    def _awaits_record(self) -> bool:
+        return bool(self._failed) or self._state.unpublished
 
     async def _answer_later(self, error: int) -> None:
         error = await self._faults.recorded() or error

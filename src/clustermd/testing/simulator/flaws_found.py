@@ -14,6 +14,7 @@ from clustermd.array import array as array_module
 from clustermd.array import assemble
 from clustermd.array.array import Array
 from clustermd.array.faults import Faults
+from clustermd.array.flush import FlushOp
 from clustermd.array.metadata import Metadata
 from clustermd.array.read import Reader, ReadOp
 from clustermd.array.resync import Resync
@@ -391,6 +392,11 @@ FLAWS = (
         "flush-outlives-the-stop",
         "a stop waits for no flush, and who has left can record no fault that one finds",
         (Array, "_no_flushes", _waits_for_none),
+    ),
+    flaw(
+        "flush-before-the-record",
+        "a flush is answered though a member that was not asked any more is not recorded as faulty yet",
+        (FlushOp, "_awaits_record", lambda self: bool(self._failed)),
     ),
     flaw(
         "window-outlives-its-life",
