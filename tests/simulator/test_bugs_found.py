@@ -44,6 +44,7 @@ ELSEWHERE = {
     "right-asked-for-too-early",
     "settled-before-the-joiner-copied",
     "window-of-a-former-owner",
+    "window-outlives-its-life",
     # tests/unit/test_dlm_bugs_found.py
     "own-word-lost-with-quorum",
 }

@@ -28,6 +28,7 @@ from cluster_in_process import InProcessCluster, Node, cluster_of, settled
 from faulty_submitter import Fault
 from flaws import both_ways, flaw, patches_of, patience
 
+from clustermd.array.array import Array
 from clustermd.cluster import life as life_module
 from clustermd.cluster.life import Life
 from clustermd.cluster.messages import SlotBlock
@@ -281,6 +282,33 @@ def test_the_loss_that_ends_giving_back_the_resync_right_is_noticed(tmp_path: Pa
             assert not said, f"{said}"
 
     with flaw(flawed, "never retrieved", *patches_of("loss-that-nobody-hears-of")):
+        run(story())
+
+
+@both_ways
+def test_a_life_begins_without_the_windows_that_the_former_one_heard_of_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flawed: bool
+) -> None:
+    """It had forgotten them all when it was told of one more."""
+    paths = clustered(tmp_path)
+    drain = Array._drain
+
+    async def hears_last(self: Array) -> None:
+        await drain(self)
+        self.set_window(1, 0, CHUNK // 512)
+
+    async def story() -> None:
+        async with cluster_of(1, paths) as cluster:
+            one = cluster.nodes[1]
+            await settled(cluster)
+            monkeypatch.setattr(Array, "_drain", hears_last)
+            one.end_session(one.lose_session())
+            await until(lambda: one.array.state.counters.rejoins)
+            monkeypatch.setattr(Array, "_drain", drain)
+            await asyncio.wait_for(one.client.write(0, b"w" * BLOCK), patience(flawed))
+            await settled(cluster)
+
+    with flaw(flawed, "TimeoutError|is not over", *patches_of("window-outlives-its-life")):
         run(story())
 
 
