@@ -24,7 +24,7 @@ from clustermd.testing.simulator.plan import Plan
 from clustermd.testing.simulator.run import Outcome, Run
 
 FORMAT = 1
-PLANNING = ("plan", "group", "work", "atlas")
+PLANNING = ("plan", "group", "votes", "work", "atlas")
 """Streams that the plan was drawn from: it stands in the file itself."""
 
 
