@@ -258,16 +258,23 @@ async def connect(
     ("not-running", "daemon-failed", "group-not-ready" with what it waits for, "not-in-cluster" with why the cluster
     does not take this node).
     """
-    tried: list[LockdConnection] = []
+    waiting = over = ""
 
     async def attempt() -> LockdConnection:
-        overs = [connection._over for connection in tried if connection._over]
-        if len(overs) > 1 and overs[-1] == overs[-2]:
-            # a life that the cluster gave up is followed by a new one; this one was given up for the same
-            raise Refused("not-in-cluster", f"{rundir.node} cannot take part in its cluster: {overs[-1]}")
+        nonlocal waiting, over
         connection = LockdConnection(trace, on_waiting)
-        tried.append(connection)
-        await connection._open(rundir, label)
+        try:
+            await connection._open(rundir, label)
+        except ConnectionResetError:
+            before, over = over, connection._over or over
+            if before and connection._over == before:
+                # a life that the cluster gave up is followed by a new one; this one was given up for the same
+                raise Refused(
+                    "not-in-cluster", f"{rundir.node} cannot take part in its cluster: {over}"
+                ) from None
+            raise
+        finally:
+            waiting = connection._waiting
         return connection
 
     log = rundir.node_dir / "lockd.log"
@@ -277,7 +284,6 @@ async def connect(
                 attempt, LOCKD_MODULE, rundir, log, clock or SystemClock(), start=start
             )
     except TimeoutError:
-        waiting = tried[-1]._waiting if tried else ""
         raise Refused(
             "group-not-ready",
             f"{rundir.node} is not in its cluster after {timeout_s:g} s: "
