@@ -28,6 +28,7 @@ from typing import Any, Protocol
 
 from clustermd.clock import Clock
 from clustermd.errors import BadBytes, Refused
+from clustermd.group.agreed.acks import Acks
 from clustermd.group.agreed.change import Change, Configured, work_out
 from clustermd.group.agreed.fencing import FenceShell, Fencing
 from clustermd.group.agreed.hello import (
@@ -48,7 +49,6 @@ from clustermd.group.agreed.hello import (
     tagged,
 )
 from clustermd.group.agreed.lease import Lease
-from clustermd.group.agreed.stability import Stability
 from clustermd.group.process_group import Busy, GroupEvents, Left, Member, View, check_size, not_a_member
 from clustermd.trace import Trace
 
@@ -150,12 +150,7 @@ class AgreedGroup:
         self._tag: Tag | None = None
         self._members: dict[Peer, Member] = {}
         self._number = self._floor = 0
-        self._index = 0
-        self._stability = Stability({}, self._majority)
-        self._owed = self._unsaid = self._settled = 0
-        self._at_once: dict[Key, bool] = {}
-        self._acked: tuple[int, bool] = (0, False)
-        self._covered = 0
+        self._acks = Acks(self.me.key, {}, self._majority)
         self._lease: Lease | None = None
         self._unbroken = True
         self._ending: Tag | None = None
@@ -188,8 +183,7 @@ class AgreedGroup:
         if len(self._under_way) >= WINDOW:
             raise Busy(f"{len(self._under_way)} messages are under way")
         self._under_way.append(self._ticked_s)
-        self._acked = (self._index, self._events.installed)
-        self._send(tagged(self._tag, *self._acked, payload))
+        self._send(tagged(self._tag, *self._acks.say(self._events.installed), payload))
 
     def join(self, events: StatefulEvents) -> None:
         """Begin; the first view comes to `events` when all members have met."""
@@ -279,11 +273,10 @@ class AgreedGroup:
         if self._tag is None or events is None:
             return
         keeps = events.installed
-        self._stability.told(self.me.key, self._index, keeps)
+        self._acks.swept(keeps)
         self._look()
-        if self._owed > self._acked[0] or (keeps and not self._acked[1]):
-            self._acked = (self._index, keeps)
-            self._send(ack(self._tag, self._index, keeps))
+        if self._acks.due(keeps):
+            self._send(ack(self._tag, *self._acks.say(keeps)))
 
     def tick(self) -> None:
         """Some times a second: beats, bounds, startup grace."""
@@ -295,8 +288,7 @@ class AgreedGroup:
         self._last_tick_s = monotonic_s
         self._ticked_s += elapsed_s
         self._fencing.act(now_s)
-        if self._unsaid > self._acked[0]:
-            self._owed = self._unsaid
+        if self._acks.hurry():
             self.swept()
         self._beat(now_s)
         self._watch(elapsed_s)
@@ -319,7 +311,7 @@ class AgreedGroup:
                 )
                 return
         self._owing = {node: self._owing.get(node, 0.0) + elapsed_s for node in self._debtors()}
-        self._settled = self._index
+        self._acks.settle()
         if self._tag is None:
             patient = [node for node, _ in self._hellos]
         else:
@@ -348,7 +340,7 @@ class AgreedGroup:
         """Nodes that owe a hello or an acknowledgement."""
         me = self.me.node
         if self._tag is not None:
-            return {node for node, _ in self._stability.behind(self._settled)} - {me}
+            return self._acks.debtors() - {me}
         if not self._hellos:
             return set()
         return {node for node, pid in self._awaited() if (node, pid) != (me, self._pid)}
@@ -383,7 +375,7 @@ class AgreedGroup:
         if self._tag is None:
             return
         for key, words in self._fencing.to_say():
-            if not self._stability.by_majority and key[1] and key not in self._kept:
+            if not self._acks.stability.by_majority and key[1] and key not in self._kept:
                 # a majority remembers by itself; and there, a life whose end was not told yet may be a member again
                 self._kept.add(key)
                 self._on_proof(key, words)
@@ -476,39 +468,17 @@ class AgreedGroup:
         self._members = change.peers
         self._ending = None
         if not change.quorate or not self._quorum[0]:
-            self._tag = None
-            self._unbroken = False
-            self._absent.clear()
-            self._on_lease(0.0)
-            absent = [node.name for node in self._nodes.values() if node.number not in self._ring_nodes]
-            self.frozen = "the cluster has no quorum" + (f", it lacks {', '.join(absent)}" if absent else "")
-            self._trace.point(
-                "group.view", ring=tag, members=[member.node for member in members], quorate=False
-            )
-            self.view = View(tag, members, change.joined, (), False)
-            events.on_view(self.view)
+            self._begin_frozen(tag, change, members)
             return
-        now_s = self._clock.boottime_s()
-        lost = [life for life, reason_left in change.left if reason_left is Left.LOST]
         self._tag = tag
         self.frozen = ""
-        self._index = self._owed = self._unsaid = self._settled = 0
-        self._at_once = {}
-        self._acked = (0, False)
-        self._covered = 0
         self._under_way.clear()
         votes = _votes(members, self._nodes)
-        self._stability = Stability(votes, self._majority)
+        self._acks = Acks(self.me.key, votes, self._majority)
         self._last = {life.key: life for life in change.members}
-        if not change.fresh:
-            self._absent.clear()
-        for key, (_, words) in change.proved.items():
-            if key[1]:
-                self._proofs[key] = words
-            elif change.fresh and key[0] not in {life.member.node for life in change.members}:
-                self._absent[key] = words  # else only a state proves it, which may end with who brought it
-        for key in list(self._proofs)[: max(0, len(self._proofs) - PROOFS_KEPT)]:
-            del self._proofs[key]
+        self._keep_proofs(change)
+        unbroken, self._unbroken = self._unbroken, True
+        late, self._late = self._late, []
         self.view = View(
             tag,
             members,
@@ -518,11 +488,9 @@ class AgreedGroup:
             votes=tuple(votes.values()),
             majority=self._majority,
             all_votes=tuple((node.number, node.votes) for node in self._nodes.values()),
-            unbroken=self._unbroken,
-            late=tuple(self._late),
+            unbroken=unbroken,
+            late=tuple(late),
         )
-        unbroken, self._unbroken = self._unbroken, True
-        self._late = []
         self._trace.point(
             "group.view",
             ring=tag,
@@ -536,26 +504,54 @@ class AgreedGroup:
             self._lease = Lease(self.me.node, own_votes, self._majority, self._lease_s)
         else:
             self._on_lease(math.inf)
+        now_s = self._clock.boottime_s()
         events.on_view(self.view)
-        for key, (life, words) in sorted(change.proved.items()):
-            self._fencing.proved(key)
-            self._tell_fenced(life.member, words)
-        were_here = {life.key for hello in self._hellos.values() for life in hello.last}
-        nodes = tuple(member.node for member in members)
-        in_ring = sum(node.votes for node in self._nodes.values() if node.number in self._ring_nodes)
-        self._fencing.view(
-            lost,
-            nodes,
-            now_s,
-            were_here,
-            contested=not self._stability.by_majority,
-            outvoted=bool(self._lease_s) and in_ring < self._majority,
-            unbroken=unbroken or not self._lease_s,
-        )
-        self._say_proofs()
+        self._begin_fencing(change, unbroken, now_s)
         if self._left_cleanly is not None:
             self._send(control(["leave"]))
         self.tick()
+
+    def _begin_frozen(self, tag: Tag, change: Change, members: tuple[Member, ...]) -> None:
+        """All have met, and have no quorum."""
+        self._tag = None
+        self._unbroken = False
+        self._absent.clear()
+        self._on_lease(0.0)
+        absent = [node.name for node in self._nodes.values() if node.number not in self._ring_nodes]
+        self.frozen = "the cluster has no quorum" + (f", it lacks {', '.join(absent)}" if absent else "")
+        self._trace.point("group.view", ring=tag, members=[member.node for member in members], quorate=False)
+        self.view = View(tag, members, change.joined, (), False)
+        if self._events is not None:
+            self._events.on_view(self.view)
+
+    def _keep_proofs(self, change: Change) -> None:
+        """What the members together know of ends, for the next change."""
+        if not change.fresh:
+            self._absent.clear()
+        for key, (_, words) in change.proved.items():
+            if key[1]:
+                self._proofs[key] = words
+            elif change.fresh and key[0] not in {life.member.node for life in change.members}:
+                self._absent[key] = words  # else only a state proves it, which may end with who brought it
+        for key in list(self._proofs)[: max(0, len(self._proofs) - PROOFS_KEPT)]:
+            del self._proofs[key]
+
+    def _begin_fencing(self, change: Change, unbroken: bool, now_s: float) -> None:
+        """Tell whose end is proved, and see to it that the others' is."""
+        for key, (life, words) in sorted(change.proved.items()):
+            self._fencing.proved(key)
+            self._tell_fenced(life.member, words)
+        votes_in_ring = sum(node.votes for node in self._nodes.values() if node.number in self._ring_nodes)
+        self._fencing.view(
+            [life for life, reason_left in change.left if reason_left is Left.LOST],
+            tuple(life.member.node for life in change.members),
+            now_s,
+            {life.key for hello in self._hellos.values() for life in hello.last},
+            contested=not self._acks.stability.by_majority,
+            outvoted=bool(self._lease_s) and votes_in_ring < self._majority,
+            unbroken=unbroken or not self._lease_s,
+        )
+        self._say_proofs()
 
     def _pause(self, reason: str) -> None:
         """Between views: nothing is delivered. Who had quorum may go on with what it has."""
@@ -595,46 +591,26 @@ class AgreedGroup:
             return
         events = self._events
         assert events is not None
-        self._index += 1
-        events.on_message(self._index, sender, data[OVERHEAD_BYTES:])
-        self._has(sender, *read_ack(data))
-        self._owe(sender)
+        events.on_message(self._acks.next(), sender, data[OVERHEAD_BYTES:])
+        self._acks.heard(sender.key, read_ack(data))
+        self._told(sender)
 
-    def _owe(self, sender: Member) -> None:
-        """A message of `sender` was told: who acknowledges it, and how soon?"""
+    def _told(self, sender: Member) -> None:
+        """A message of `sender` was told here."""
         events = self._events
         assert events is not None
-        key = sender.key
-        if sender == self.me and self._covered == self._index - 1:
-            self._covered = self._index  # all others count it so (`Stability.sent`)
-        else:
-            self._unsaid = self._index
-            if events.awaited >= self._index and (sender == self.me or self._answers_at_once(key)):
-                self._owed = self._index
-        self._stability.sent(key, self._index)
+        self._acks.told(sender.key, events.awaited)
         self._look()
-
-    def _answers_at_once(self, sender: Key) -> bool:
-        at_once = self._at_once.get(sender)
-        if at_once is None:
-            at_once = self._at_once[sender] = self._stability.answers_at_once(sender, self._life.key)
-        return at_once
 
     def _on_ack(self, peer: Peer, data: bytes) -> None:
         sender = self._members.get(peer)
         if self._tag is None or read_tag(data) != self._tag or sender is None:
             return
-        self._has(sender, *read_ack(data))
+        self._acks.heard(sender.key, read_ack(data))
         self._look()
 
-    def _has(self, sender: Member, index: int, keeps: bool) -> None:
-        """`sender` said so, in the order."""
-        if sender == self.me:
-            self._covered = max(self._covered, index)
-        self._stability.told(sender.key, index, keeps)
-
     def _look(self) -> None:
-        stable = self._stability.look(not self._fencing.lost)
+        stable = self._acks.stability.look(not self._fencing.lost)
         if stable is not None and self._events is not None:
             self._events.on_stable(stable)
 
@@ -681,9 +657,8 @@ class AgreedGroup:
             # nobody is fenced twice while a cluster starts: good while this node has quorum, for nobody else has
             self._absent[key] = words
         # what a purge gives to others may not be shown before a majority has the purge
-        self._index += 1
-        self._tell_fenced(lost.life.member, words, self._index)
-        self._owe(sender)
+        self._tell_fenced(lost.life.member, words, self._acks.next())
+        self._told(sender)
 
     def _on_late_fenced(self, key: Key, words: str) -> None:
         """Said in the view that a loss of quorum has ended here. Of who was only absent nothing is known any more."""
