@@ -189,10 +189,17 @@ class SimCluster:
         self.start_array(machine)
 
     def array_not_started(self, array: ArrayProcess) -> None:
-        """The start was refused; an operator tries again."""
+        """The start was refused; an operator tries again. Who is refused by the boxes and by nobody else was fenced by
+        a cluster that has ended since: its machine is started anew."""
         self._ended_in_order(array)
-        if self.restarts:
-            self.loop.later(START_AGAIN_S, self._start_array_if_up, array.machine)
+        machine = array.machine
+        member = machine.lockd is not None and machine.lockd.replica.installed
+        if not self.restarts:
+            return
+        if self.mended and machine.refused and member:
+            self.switch_off(machine.number)
+        else:
+            self.loop.later(START_AGAIN_S, self._start_array_if_up, machine)
 
     def _ended_in_order(self, array: ArrayProcess) -> None:
         self._end_process(array.process)
