@@ -199,8 +199,10 @@ def test_a_command_has_no_descriptor_of_the_lock(locks: Locks) -> None:
 def started_with(number: signal.Signals, disposition: signal.Handlers) -> Iterator[None]:
     """What is started within inherits it, whatever these tests were started with."""
     before = signal.signal(number, disposition)
-    yield
-    signal.signal(number, before)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def test_signals_go_to_the_command_and_end_who_waits(locks: Locks) -> None:

@@ -552,9 +552,8 @@ def test_a_lease_is_waited_out_anew_when_others_may_have_made_it_longer_meanwhil
     ring.run()
     ring.tick(10)
     ring.nodes = [one, two]
-    ring.start(
-        3, incarnation=2, boot="another", lease_s=2.0
-    )  # which does not know any more that it was with 4 and 5
+    # it does not know any more that it was with 4 and 5
+    ring.start(3, incarnation=2, boot="another", lease_s=2.0)
     ring.run()
     since_s = {(victim.node, victim.lost_at_boottime_s) for victim in one.fencing}
     assert since_s == {(node, at_s) for node in (4, 5) for at_s in (first_s, ring.clock.at_s)}

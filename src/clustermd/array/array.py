@@ -33,7 +33,7 @@ from clustermd.array.slots import Slots
 from clustermd.array.state import ArrayState
 from clustermd.array.status import ArrayStatus
 from clustermd.array.sweep import Sweep
-from clustermd.array.waiters import Waited, end_of
+from clustermd.array.waiters import Waited, end_of, resolve
 from clustermd.array.write import WriteOp, Writer
 from clustermd.array.zero import ZERO_PIECE_BYTES, ZeroJob
 from clustermd.clock import Clock
@@ -609,7 +609,7 @@ class Array:
             if not self.state.windows.any:
                 return
             moved: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self.state.windows.listen(partial(_resolve, moved))
+            self.state.windows.listen(partial(resolve, moved))
             await moved
 
     def members(self) -> list[Member]:
@@ -624,8 +624,3 @@ async def _none_left(ops: Collection[Waited]) -> None:
     """Wait until all of them have ended."""
     while ops:
         await end_of(next(iter(ops)))
-
-
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 
@@ -23,8 +24,14 @@ def when_ended(op: Waited, call: Callable[[], None]) -> None:
 def end_of(op: Waited) -> asyncio.Future[None]:
     """A future that is done when `op` has ended. Whoever waits may give up."""
     ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    when_ended(op, lambda: None if ended.done() else ended.set_result(None))
+    when_ended(op, partial(resolve, ended))
     return ended
+
+
+def resolve(future: asyncio.Future[None]) -> None:
+    """What `future` stands for has come about; whoever waited for it may have given up."""
+    if not future.done():
+        future.set_result(None)
 
 
 def tell_waiters(op: Waited) -> None:

@@ -11,7 +11,7 @@ it is waited for by name. At the start of a cluster the absent are given `startu
 Where both sides of a cut cluster are quorate (two_node) both would switch each other off at the same moment, and nobody
 be left. There the side with the lowest node goes first: the other one, should it live, follows `race_s` later.
 Where nodes act by leases, quorum without a majority of votes (last_man_standing) proves nothing: the lost ones may be
-the majority, and have leases. Then an operator's word is all that is left.
+the majority, and have leases. Then nobody acts, until a majority is here or an operator gives his word.
 """
 
 from __future__ import annotations
