@@ -12,7 +12,7 @@ from trace_story import Story
 
 from clustermd.cli.main import main
 from clustermd.errors import BadBytes
-from clustermd.node.recorder import record, wanted
+from clustermd.node.recorder import now_s, record, this_boot, wanted
 from clustermd.testing.trace.file import read_traces
 from clustermd.trace import Trace
 
@@ -72,6 +72,16 @@ def test_the_next_process_goes_on_behind_a_line_that_was_cut_short(tmp_path: Pat
     names = ["trace.begin", "gate.open", "trace.begin", "gate.shut"]
     assert [event.name for event in recorded.events] == names
     assert recorded.cut == (f"{path}, line 3",)
+
+
+def test_what_running_arrays_record_after_the_reading_began_is_left_out(tmp_path: Path) -> None:
+    """Of two files one is read first: what the other one says of later has its cause in lines that were not read."""
+    boot, at_s = this_boot(), now_s()
+    written(tmp_path / "one", "node1", (at_s, "gate.open"), boot=boot)
+    written(tmp_path / "two", "node2", (at_s, "gate.open"), (at_s + 1000, "gate.shut"), boot=boot)
+    recorded = read_traces([tmp_path / "one", tmp_path / "two"])
+    assert [event.name for event in recorded.events].count("gate.open") == 2
+    assert recorded.events[-1].name == "gate.open" and recorded.nodes == ("node1", "node2")
 
 
 def test_a_last_line_that_was_cut_short_is_left_out(tmp_path: Path) -> None:

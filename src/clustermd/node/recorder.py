@@ -37,10 +37,18 @@ def record(trace: Trace, path: Path, node: str, array: str) -> None:
         os.write(fd, b"\n")  # a killed process left half a line
 
     def point(name: str, fields: dict[str, Any]) -> None:
-        moment = time.clock_gettime(time.CLOCK_BOOTTIME)
-        line = json.dumps({"at_s": moment, "point": name, **fields}, default=str, separators=(",", ":"))
-        os.write(fd, line.encode() + b"\n")
+        line = json.dumps({"at_s": now_s(), "point": name, **fields}, default=str, separators=(",", ":"))
+        os.write(fd, line.encode() + b"\n")  # before anything that comes of it
 
-    boot = _BOOT_ID.read_text(encoding="ascii").strip()
-    point(BEGIN, {"node": node, "array": array, "pid": os.getpid(), "boot": boot})
+    point(BEGIN, {"node": node, "array": array, "pid": os.getpid(), "boot": this_boot()})
     trace.listen(point)
+
+
+def now_s() -> float:
+    """The time of the points recorded now."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def this_boot() -> str:
+    """The boot of this machine, as the points recorded now name it. Raises OSError."""
+    return _BOOT_ID.read_text(encoding="ascii").strip()
