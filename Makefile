@@ -64,9 +64,9 @@ check: setup
 	$(BIN)/lint-imports
 
 test: setup check
-	$(BIN)/pytest -n 2 --dist worksteal -m "not alone and not machines"
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -m machines tests/system
-	$(BIN)/pytest -m "alone and not machines"
+	$(BIN)/pytest -n 2 --dist worksteal -m "not by_file and not machines"
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -m machines
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m by_file
 
 # Debian starts a server that it installs; RUNLEVEL=1 says not to: the benchmark has servers of its own.
 bench-packages: export RUNLEVEL := 1

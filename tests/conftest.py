@@ -34,15 +34,15 @@ TOGETHER = ("test_cli_arrays", "test_golden_assemble", "test_ondisk_mdadm")
 """System tests that measure no time and kill nobody: they may run beside each other."""
 
 
-LONGEST = "test_corosync_partition"
-"""One test of two minutes: who works beside it has no more to do when it begins last."""
+LONGEST = ("test_corosync_partition", "test_crash_takeover")
+"""One test of two minutes in each: who works beside it has no more to do when it begins last."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.stem != LONGEST)
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
     for item in items:
         if item.path.parent.name == "system" and item.path.stem not in TOGETHER:
-            item.add_marker("alone")
+            item.add_marker("machines" if "corosync" in item.path.stem else "by_file")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

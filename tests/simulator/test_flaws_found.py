@@ -24,7 +24,7 @@ from clustermd.testing.trace.judge import all_rules
 from clustermd.testing.trace.lives import Lives
 
 pytestmark = [
-    pytest.mark.alone,  # in one process: the last test looks at what all others found
+    pytest.mark.by_file,  # the last test looks at what all others found
     pytest.mark.filterwarnings(
         # a run that ends at its first violation leaves tasks in the middle of whatever they did
         "ignore::pytest.PytestUnraisableExceptionWarning",

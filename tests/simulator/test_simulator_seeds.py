@@ -15,7 +15,7 @@ from clustermd.testing.simulator.run import run_seed
 from clustermd.testing.trace.verdict import verdict
 
 RANGE = 40
-FIXED = 24
+FIXED = 19
 FRESH = 1
 MOST_RSS_BYTES = 200 << 20
 

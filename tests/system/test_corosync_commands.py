@@ -14,7 +14,7 @@ from lock_kit import Locks
 
 from clustermd.testing.waiting import wait_until
 
-pytestmark = [pytest.mark.system, pytest.mark.machines]
+pytestmark = pytest.mark.system
 
 GUIDE = Path(__file__).parents[2] / "docs" / "cluster.md"
 HEALTHY = """\

@@ -16,7 +16,7 @@ from corosync_kit import Options
 from clustermd.testing.exerciser import DISCONNECTED
 from clustermd.testing.waiting import wait_until
 
-pytestmark = [pytest.mark.system, pytest.mark.machines]
+pytestmark = pytest.mark.system
 
 LOAD = ("--rate", "400", "--depth", "8", "--hot-blocks", "512")
 TOKEN_MS = 1000

@@ -16,7 +16,7 @@ from lock_kit import Locks, Program, runs
 
 from clustermd.testing.waiting import wait_until
 
-pytestmark = [pytest.mark.system, pytest.mark.machines]
+pytestmark = pytest.mark.system
 
 STARTUP_S = 3.0
 WATCHDOG_S, BOUND_S = 1.5, 1.0

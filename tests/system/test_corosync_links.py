@@ -15,7 +15,7 @@ from corosync_arrays import DETECTION_S, LEASE, LEASE_FENCE_S, PATIENCE_S, Array
 from clustermd.testing.load import fio_command
 from clustermd.testing.waiting import wait_until
 
-pytestmark = [pytest.mark.system, pytest.mark.machines]
+pytestmark = pytest.mark.system
 
 LOAD = ("--rate", "300", "--depth", "8", "--hot-blocks", "512")
 MIB = 1 << 20
@@ -99,13 +99,17 @@ def test_arrays_stop_with_one_clear_message_when_corosync_is_killed(cluster: Arr
 
 def test_fio_verifies_what_it_wrote_while_a_node_is_lost_and_comes_back(cluster: ArrayCluster) -> None:
     network, lost = cluster.machines.network, cluster[3]
-    verify = ("--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--time_based=0", "--rate_iops=400")
+    verify = ("--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--time_based=0", "--rate_iops=200")
     jobs: list[subprocess.Popen[bytes]] = []
-    for machine in cluster.nodes[:2]:
-        uri, at = f"nbd+unix:///?socket={machine.node.socket()}", (24 + 8 * machine.number) * MIB
-        command = fio_command(uri, 40, 8 * MIB, at, machine.name, verify)
-        jobs.append(cluster.local.start(command, log=f"fio{machine.number}.log"))
-    loss = cluster.lose(lost, lambda: network.cut(lost.number))
+
+    def cut() -> None:
+        for machine in cluster.nodes[:2]:
+            uri, at = f"nbd+unix:///?socket={machine.node.socket()}", (24 + 8 * machine.number) * MIB
+            command = fio_command(uri, 40, 8 * MIB, at, machine.name, verify)
+            jobs.append(cluster.local.start(command, log=f"fio{machine.number}.log"))
+        network.cut(lost.number)
+
+    loss = cluster.lose(lost, cut)
     assert any(job.poll() is None for job in jobs), "fio was to write meanwhile"
     cluster.regain(lost, loss, network.heal)
     wait_until(lambda: all(job.poll() is not None for job in jobs), "fio to end", 60, cluster.logs)

@@ -17,7 +17,7 @@ from lock_kit import Locks, runs
 
 from clustermd.testing.waiting import wait_until
 
-pytestmark = [pytest.mark.system, pytest.mark.machines]
+pytestmark = pytest.mark.system
 
 LEASE_S, BOUND_S = 2.0, 3.0
 CONF = f'fence = "lease"\nlease_s = {LEASE_S}\ndevice_bound_s = {BOUND_S}\nunresponsive_s = 5.0\n'

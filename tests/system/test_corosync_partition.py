@@ -12,7 +12,7 @@ import pytest
 from corosync_arrays import PATIENCE_S, array_cluster
 from corosync_kit import Options
 
-pytestmark = [pytest.mark.system, pytest.mark.machines]
+pytestmark = pytest.mark.system
 
 TIMES = 20
 TOKEN_MS = 400

@@ -13,7 +13,7 @@ import pytest
 from cluster_kit import CREATE
 from corosync_arrays import NONE, ArrayCluster, Machine, array_cluster
 
-pytestmark = [pytest.mark.system, pytest.mark.machines]
+pytestmark = pytest.mark.system
 
 NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 

@@ -14,7 +14,7 @@ from lock_kit import Locks
 
 from clustermd.testing.waiting import wait_until
 
-pytestmark = [pytest.mark.system, pytest.mark.machines]
+pytestmark = pytest.mark.system
 
 CONF = f"{NONE}unresponsive_s = {UNRESPONSIVE_S}\n"
 _STRANGER = Path(__file__).with_name("group_stranger.py")

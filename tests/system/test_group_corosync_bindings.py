@@ -23,7 +23,7 @@ from clustermd.group.corosync.errors import CorosyncRefused, Status
 from clustermd.group.corosync.quorum import Quorum
 from clustermd.group.corosync.votequorum import NodeState, Rules, Votequorum
 
-pytestmark = [pytest.mark.system, pytest.mark.machines, pytest.mark.needs("root", "ip", "corosync")]
+pytestmark = [pytest.mark.system, pytest.mark.needs("root", "ip", "corosync")]
 
 PID = os.getpid()
 TOKEN_MS = 500

@@ -11,7 +11,7 @@ from clustermd.cli.main import main
 from clustermd.group.corosync import cmap
 from clustermd.group.corosync.conf import KEYFILE
 
-pytestmark = [pytest.mark.system, pytest.mark.machines, pytest.mark.needs("root", "ip", "corosync")]
+pytestmark = [pytest.mark.system, pytest.mark.needs("root", "ip", "corosync")]
 
 CHECK = 'mount --bind "$1" /etc/corosync && corosync -t'
 

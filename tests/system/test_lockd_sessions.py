@@ -301,10 +301,12 @@ def test_locks_live_through_dead_sequencers(cluster: Cluster) -> None:
         one.wait(lambda e: e == ["resumed"], "resumption")
         assert not [e for e in one.events if e[0] in ("granted", "lost")]
         two.say("lock", "r", "NL")
+        granted(two, "r", "NL")
         granted(one, "r", "EX")
         forget(two)
         two.say("lock", "r", "EX")
         one.say("lock", "r", "NL")
+        granted(one, "r", "NL")
         granted(two, "r", "EX")
 
 
