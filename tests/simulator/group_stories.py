@@ -75,6 +75,21 @@ def leases(seed: int) -> Plan:
     return meeting(seed, cut(0.5 + seed % 7 * 0.01, who), fence="lease", lease_s=4.0, device_bound_s=12.0)
 
 
+def two_minorities(seed: int) -> Plan:
+    """Two of five are cut off, then the third goes over to them; who is left comes to expect no more votes."""
+    cuts = cut(0.5, 4, 5, for_s=9.0), cut(2.0 + seed % 7 * 0.02, 3, for_s=6.0)
+    return meeting(
+        seed,
+        *cuts,
+        nodes=5,
+        slots=5,
+        fence="lease",
+        lease_s=1.0,
+        device_bound_s=0.5,
+        last_man_standing=True,
+    )
+
+
 SCENARIOS = (
     Scenario("trap 1", "shown-before-majority", come_and_go, 4),
     Scenario("trap 2", "applied-outside-view", cut_in_two, 40),
@@ -85,5 +100,6 @@ SCENARIOS = (
     Scenario("trap 9", "fenced-alive", restarted_at_once, 20),
     Scenario("trap 12", "fenced-alive", cut_in_two, 4),
     Scenario("dlm I29", "two-fencers", cut_in_two, 10),
+    Scenario("lease-that-others-have", "shown-history-forks|fenced-alive", two_minorities, 20),
     Scenario("trap 32", "fenced-alive", leases, 20),
 )

@@ -118,9 +118,9 @@ class Deaths:
     def _life_lost(self, array: ArrayProcess) -> None:
         """A membership ended, and the others may go on as if its process were dead."""
         links = tuple(array.links)
-        known = any(death.array is array and death.links == links for death in self.open)
-        if self._cluster.plan.durable or not links or known:
+        if self._cluster.plan.durable or links == array.lost_links:
             return
+        array.lost_links = links
         if array.broken_s < 0:
             array.broken_s = self._cluster.loop.time()
         self._clients.orphaned(array.machine)

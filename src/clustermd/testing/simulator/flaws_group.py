@@ -26,6 +26,7 @@ from clustermd.testing.simulator.flaws import flaw
 
 _told, _look, _on_view = Stability.told, Stability.look, Replica.on_view
 _on_quorum, _work_out, _plan_install = AgreedGroup.on_quorum, work_out, plan_install
+_fencing_view = Fencing.view
 
 
 def _own_is_enough(self: Stability, everybody_else_proved: bool) -> int | None:
@@ -89,6 +90,10 @@ def _unseen(*_: Any) -> bool:
     return True
 
 
+def _never_outvoted(self: Fencing, *said: Any, outvoted: bool = False, **how: Any) -> None:
+    _fencing_view(self, *said, **how)
+
+
 def _unwaited(lost_at_s: float, lease_s: float, drift: float, device_bound_s: float) -> float:
     return lost_at_s
 
@@ -126,5 +131,10 @@ FLAWS = (
     ),
     flaw("trap 12", "purges who is lost", (group_module, "work_out", _gone_is_dead)),
     flaw("dlm I29", "all members of a view fence at the same time", (Fencing, "_actor", _everybody_acts)),
+    flaw(
+        "lease-that-others-have",
+        "a quorate remainder waits for the end of leases that the others, who are the majority, renew",
+        (Fencing, "view", _never_outvoted),
+    ),
     flaw("trap 32", "does not wait for a lost node's lease", (fencer_module, "harmless_at_s", _unwaited)),
 )

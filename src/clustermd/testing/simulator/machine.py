@@ -155,6 +155,9 @@ class SimLink:
         self._lockd = lockd
         self._closing = False
         self._over = asyncio.Event()
+        if isinstance(lockd.port, AgreedPort):
+            array.submitter.gate.lease = lockd.port.lease
+            array.outlawed = False
         self.session = Session(self._send, array.trace)
         self._back = Pipe(cluster.loop, cluster.pipes, array.process, self._receive, self._lost)
         self._attached = lockd.process.context.copy().run(lockd.attach, array, self._back)
@@ -167,9 +170,6 @@ class SimLink:
         )
         array.links.append(self)
         array.submitter.life_over = False
-        if isinstance(lockd.port, AgreedPort):
-            array.submitter.gate.lease = lockd.port.lease
-            array.outlawed = False
         if lockd.suspended_by:
             self._back.send(("suspended", lockd.suspended_by))
 
@@ -245,6 +245,7 @@ class ArrayProcess:
         self.killed = False
         self.excluded = False  # the boxes refuse whatever it does
         self.outlawed = False  # it lives on after its lease, and others rely on that
+        self.lost_links: tuple[SimLink, ...] = ()  # of the last life whose loss is known
         self.last_slot = -1
         self.joined_s = 0.0
         self.broken_s = -1.0  # when its present life ended, however it did; below zero while it lives
