@@ -31,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 TOGETHER = ("test_cli_arrays", "test_golden_assemble", "test_ondisk_mdadm")
-"""System tests that measure no time and kill nobody: they may run beside each other."""
+"""System tests that measure no time and kill nobody: any of them may run beside any other."""
 
 
 LONGEST = ("test_corosync_partition", "test_crash_takeover")
