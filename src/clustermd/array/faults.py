@@ -38,6 +38,7 @@ class Faults:
         self._waiting: list[asyncio.Future[int]] = []
         self._task: asyncio.Task[None] | None = None
         self._over = False
+        self._given_up = False
 
     def fail(self, mask: int, why: str) -> bool:
         """Fail the members in `mask`, but never the last good one. True if all of them are faulty now."""
@@ -86,6 +87,7 @@ class Faults:
                     state.log.warning("a failed member cannot be recorded yet: %s", error)
                 attempts += 1
                 if state.stopping and attempts >= LAST_ATTEMPTS:
+                    self._given_up = True
                     self._release(errno.EIO)
                     return
                 if isinstance(error, OSError) or error.code == "superblock-unwritable":
@@ -195,10 +197,14 @@ class Faults:
         if self.state.excluded:
             return EXCLUDED
         if self.state.stopping and (self._task is None or self._task.done()):
-            return errno.EIO  # it was tried to the last
+            return self._no_more()
         future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
         return await future
+
+    def _no_more(self) -> int:
+        """The answer of a stopping array that tries it no more: it could not, or it is the cluster's no longer."""
+        return errno.EIO if self._given_up else errno.ESHUTDOWN
 
     async def stop(self) -> None:
         """Record nothing until `resume`, whatever fails meanwhile: this node is about to leave."""

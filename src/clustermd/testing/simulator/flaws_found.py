@@ -399,6 +399,11 @@ FLAWS = (
         (FlushOp, "_awaits_record", lambda self: bool(self._failed)),
     ),
     flaw(
+        "stop-answers-with-an-error",
+        "a flush that ends when a stopping node has lost the cluster is answered as one that no disk took",
+        (Faults, "_no_more", lambda self: errno.EIO),
+    ),
+    flaw(
         "window-outlives-its-life",
         "a window that a life hears of while it is given up keeps the writes of the next one, for ever",
         (Array, "_forget_former_life", _keeps_what_it_heard_last),
