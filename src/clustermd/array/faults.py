@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable
 from clustermd.array.member import Member
 from clustermd.array.state import EXCLUDED, ArrayState
 from clustermd.array.write import WriteOp, Writer
+from clustermd.device.member_device import GateState
 from clustermd.errors import ClusterLost, Refused
 
 RETRY_S = 0.5
@@ -77,11 +78,11 @@ class Faults:
                 return  # goes on when I/O does
             try:
                 await self._publish()
-            except ClusterLost:
-                if state.stopping:
-                    self._release(errno.ESHUTDOWN)
-                return
             except (Refused, OSError) as error:
+                if self._lost(error):
+                    if state.stopping:
+                        self._release(errno.ESHUTDOWN)
+                    return
                 if str(error) != said:
                     said = str(error)
                     state.log.warning("a failed member cannot be recorded yet: %s", error)
@@ -100,6 +101,10 @@ class Faults:
                 await asyncio.sleep(RETRY_S)
                 continue
         self._release(0)
+
+    def _lost(self, error: Refused | OSError) -> bool:
+        """Whether it failed because this node is no member any more: then no disk takes anything of it, either."""
+        return isinstance(error, ClusterLost) or self.state.gate.state is GateState.SHUT
 
     def settle(self, op: WriteOp) -> None:
         """A write that some member may lack: record the fault, then answer."""

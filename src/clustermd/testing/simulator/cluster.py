@@ -138,7 +138,7 @@ class SimCluster:
         if isinstance(lockd.port, Port):
             lockd.port.group.join(lockd.port)
         else:
-            machine.refused = False
+            machine.refused = machine.fenced_off = False
             self._enter(lockd, lockd.port)
 
     def _enter(self, lockd: Lockd, port: AgreedPort) -> None:

@@ -85,6 +85,8 @@ class SimFencer:
             return
         del self._attempts[victim.node]
         cluster.counted("fence-done")
+        machine = cluster.machines[victim.node]
+        machine.fenced_off = machine.refused
         assert self._port.agreed is not None
         self._port.agreed.fence_done(victim.node, f"{cluster.plan.fencing}: nothing of it can land any more")
 

@@ -170,6 +170,13 @@ async def _begins_with_all_or_none(self: Metadata) -> None:
 # --- ends -------------------------------------------------------------------------------------------------------------
 
 
+_TRIED_IN_VAIN = (
+    (Faults, "_lost", lambda self, error: isinstance(error, ClusterLost)),
+    (Faults, "_no_more", lambda self: errno.EIO),
+)
+"""What waits for a record when a node leaves without the cluster is answered as if no disk had taken it."""
+
+
 async def _waits_for_none(self: Array) -> None:
     """The array leaves."""
 
@@ -392,6 +399,7 @@ FLAWS = (
         "flush-outlives-the-stop",
         "a stop waits for no flush, and who has left can record no fault that one finds",
         (Array, "_no_flushes", _waits_for_none),
+        *_TRIED_IN_VAIN,  # else it says that it shuts down, which is true
     ),
     flaw(
         "flush-before-the-record",
@@ -400,8 +408,8 @@ FLAWS = (
     ),
     flaw(
         "stop-answers-with-an-error",
-        "a flush that ends when a stopping node has lost the cluster is answered as one that no disk took",
-        (Faults, "_no_more", lambda self: errno.EIO),
+        "what waits for a record when a stopping node loses the cluster is answered as if no disk had taken it",
+        *_TRIED_IN_VAIN,
     ),
     flaw(
         "window-outlives-its-life",

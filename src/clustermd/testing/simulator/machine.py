@@ -348,6 +348,7 @@ class Machine:
         self.paused = False
         self.powered = False
         self.refused = False  # the boxes take nothing from it
+        self.fenced_off = False  # and who had them do so has found that nothing of it can land any more
         self.boots = 0
         self.fenced: dict[Key, str] = {}  # the ends that it proved, kept on its own disk
 
@@ -357,8 +358,8 @@ class Machine:
 
     @property
     def outlives_its_end(self) -> bool:
-        """Whether the boxes refuse it, and its lock daemon is the one that was declared dead then."""
-        return self.refused and self.lockd is not None and self.lockd.declared_dead
+        """Whether the boxes refuse it, and its lock daemon is the one that was, or is about to be, declared dead."""
+        return self.refused and (self.fenced_off or (self.lockd is not None and self.lockd.declared_dead))
 
     @property
     def serving(self) -> bool:
