@@ -87,10 +87,22 @@ def test_a_remainder_that_always_had_quorum_goes_on_when_the_lost_are_proved_dea
 
 def test_a_remainder_whose_companions_were_a_majority_by_themselves_starts_anew() -> None:
     lost = ((2, 7), (3, 7))
-    told = goes_on(plan({1: start("a", unfenced=lost), 2: fresh(), 3: fresh()}, proved=lost))
+    one = replace(start("a", unfenced=lost), members=((1, 1), *lost))
+    told = goes_on(plan({1: one, 2: fresh(), 3: fresh()}, proved=lost))
     assert (1, 1) in told.foreign, "both may have shown what it was not told, before they ended"
-    told = goes_on(plan({1: start("a", members=(1, 2), unfenced=lost), 2: fresh(), 3: fresh()}, proved=lost))
+    two = replace(one, members=((1, 1), (2, 7)))
+    told = goes_on(plan({1: two, 2: fresh(), 3: fresh()}, proved=lost))
     assert told.authority == (1, 1), "nothing could be shown in that view without it"
+
+
+def test_who_had_no_state_yet_when_a_companion_ended_is_none_whose_knowledge_is_lost() -> None:
+    lost = ((3, 7),)
+    one = replace(start("a", unfenced=lost), members=((1, 1), (2, 1), (3, 7)))
+    assert "node 3" in str(plan({1: one, 2: fresh()}))
+    told = goes_on(plan({1: one, 2: fresh()}, proved=lost))
+    assert told.authority == (1, 1) and told.fresh == ((2, 1),)
+    told = goes_on(plan({1: replace(one, members=((1, 1), (2, 6), (3, 7))), 2: fresh()}, proved=lost))
+    assert (1, 1) in told.foreign, "its former life may have had one"
 
 
 def test_nobody_with_state_waits_for_whoever_may_live_and_then_begins() -> None:

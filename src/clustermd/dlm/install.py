@@ -12,7 +12,8 @@ Where the order is not durable, memory is all there is, and a view may go on onl
 view before it showed to anybody (dlm.md 6.2, 6.6). It does if a majority of votes kept its state; or if those
 who kept it have had quorum all the time, and everybody who is absent is proved dead (two_node,
 last_man_standing). A remainder that is neither must start anew: the others may have gone on without it, and
-ended. So must one whose companions were a majority by themselves: they may have shown what it was not told any more.
+ended. So must one whose companions who ended were a majority by themselves: they may have shown what it was not told
+any more. (Those who had not got the state yet could show nothing.)
 
 Nobody has state: an empty one begins, but only when every member known to be lost is proved dead. Until then
 its locks, which nobody remembers, must be taken as held.
@@ -188,9 +189,12 @@ def _outlived(key: NodeKey, other: Start) -> bool:
 
 
 def _majority_without(stateful: list[NodeKey], able: Mapping[NodeKey, Start], view: View) -> bool:
-    """Whether the others of the last view could show something that those who kept its state do not know."""
+    """Whether the others of the last view could show something that those who kept its state do not know.
+
+    Who is here in the life that it had there and has no state never had one, so nothing was shown by its word.
+    """
     last = max((able[key] for key in stateful), key=lambda start: start.epoch).members
-    apart = {node for node, _ in last} - {node for node, _ in stateful}
+    apart = {node for node, life in last if (node, life) not in able} - {node for node, _ in stateful}
     return sum(votes for node, votes in view.all_votes if node in apart) >= view.majority
 
 

@@ -131,6 +131,8 @@ class SimCluster:
 
     def start_lockd(self, machine: Machine) -> None:
         if machine.up:
+            assert machine.lockd is not None
+            machine.lockd.wanted_again = machine.lockd.leaving
             return
         self._incarnation += 1
         lockd = machine.lockd = Lockd(machine, self._incarnation)
@@ -245,10 +247,8 @@ class SimCluster:
     def _lockd_left(self, lockd: Lockd) -> None:
         self._end_process(lockd.process)
         array = lockd.machine.array
-        if array is not None and array.process.alive:
-            self.loop.later(
-                RESTART_S, self._start_lockd_again, lockd.machine
-            )  # it was wanted again meanwhile
+        if lockd.wanted_again or (array is not None and array.process.alive):
+            self.loop.later(RESTART_S, self._start_lockd_again, lockd.machine)
 
     # --- deaths ---------------------------------------------------------------------------------------------
 

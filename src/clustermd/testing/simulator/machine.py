@@ -80,6 +80,7 @@ class Lockd:
         self.proving = False
         self.declared_dead = False
         self.leaving = False
+        self.wanted_again = False  # while it was leaving
         self.followed = False  # the next one there knows that its processes' requests have landed
         machine.lockds.append(self)
 
