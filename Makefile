@@ -10,7 +10,7 @@ INSTALLED := .venv/.installed
 # python3-venv makes .venv; the others are the other ends of the tests and of the demo.
 DEBIAN_PACKAGES := python3-venv mdadm fio nbdkit nbdkit-plugin-python libnbd-bin python3-libnbd fuse3 \
 	qemu-utils e2fsprogs xz-utils util-linux kmod procps \
-	corosync iproute2 gcc libc6-dev libcpg-dev libquorum-dev libvotequorum-dev libcmap-dev
+	corosync fence-agents iproute2 gcc libc6-dev libcpg-dev libquorum-dev libvotequorum-dev libcmap-dev
 
 # What locks are compared with.
 BENCH_PACKAGES := etcd-server redis-server

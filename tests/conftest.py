@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
-TOGETHER = ("test_cli_arrays", "test_golden_assemble", "test_ondisk_mdadm")
+TOGETHER = ("test_cli_arrays", "test_fence_agents", "test_golden_assemble", "test_ondisk_mdadm")
 """System tests that measure no time and kill nobody: any of them may run beside any other."""
 
 

@@ -73,11 +73,13 @@ class Conf:
     clock may run than another's, as a fraction. `device_bound_s` (D): the longest pause of a process between its look
     at the lease and the kernel, plus the disk's own time for a request. `startup_s`: how long a fresh cluster waits
     for absent nodes before they are fenced. `watchdog_s`: how long a node does without its fence device.
+    `stonith_action`: what pacemaker is asked for, one of `ACTIONS`, best its own cluster's `stonith-action`.
     """
 
     engine: str = "local"
     fence: str = ""
     fence_agent: FenceAgent | None = None
+    stonith_action: str = "reboot"
     fence_device: str = ""
     watchdog_s: float = 5.0
     self_fence: str = "kill"
@@ -141,6 +143,7 @@ class _Reader:
             engine=engine or self._choice("engine", ENGINES, defaults.engine),
             fence=self._choice("fence", FENCES, ""),
             fence_agent=self._agent(),
+            stonith_action=self._choice("stonith_action", ACTIONS, defaults.stonith_action),
             fence_device=self._absolute("fence_device"),
             watchdog_s=self._number("watchdog_s", defaults.watchdog_s, 1, 600),
             self_fence=self._choice("self_fence", SELF_FENCES, defaults.self_fence),
@@ -177,6 +180,7 @@ class _Reader:
             )
         for key, policy in (
             ("fence_agent", "agent"),
+            ("stonith_action", "stonith"),
             ("fence_device", "device"),
             ("watchdog_s", "device"),
             ("self_fence", "device"),

@@ -88,6 +88,8 @@ def test_corosync_without_a_choice_explains_the_choices() -> None:
         ('fence = "device"\nfence_device = "sdx"', "fence_device", "absolute path"),
         ('fence = "lease"\nfence_device = "/dev/sdx"', "fence_device", 'fence = "device"'),
         ('fence = "lease"\nself_fence = "reboot"', "self_fence", 'fence = "device"'),
+        ('fence = "lease"\nstonith_action = "off"', "stonith_action", 'fence = "stonith"'),
+        ('fence = "stonith"\nstonith_action = "on"', "stonith_action", '"off", "reboot"'),
         ('fence = "none"\n[fence_agent]\nagent = "a"', "fence_agent", 'fence = "agent"'),
         ('fence_agent = "fence_ipmilan"', "fence_agent", "[fence_agent]"),
         ('fence = "agent"\n[fence_agent]\nip = "x"', "fence_agent.agent", 'agent = "fence_ipmilan"'),

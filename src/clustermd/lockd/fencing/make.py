@@ -25,7 +25,7 @@ async def make_fencer(conf: Conf, me: Member, clock: Clock) -> Fencer:
         case "agent" if conf.fence_agent is not None:
             return AgentFencer(conf.fence_agent, conf.path)
         case "stonith":
-            return StonithFencer()
+            return StonithFencer(conf.stonith_action)
         case "device":
             disk = await beside_loop(lambda: FenceDisk.open(conf.fence_device))
             return DeviceFencer(disk, me, clock, conf.watchdog_s, conf.device_bound_s)

@@ -1,13 +1,18 @@
 """`fence = "stonith"`: pacemaker fences the lost node, with the devices it is configured with.
 
-`stonith_admin --fence NODE` asks the fencer daemon of this node, which finds a device, tries the others' too, and
-ends with 0 only when the node is verified off (stonith_admin(8)). Names are those of pacemaker's nodes, which
-are corosync's.
+`stonith_admin --reboot NODE` (or `--fence`, which is off) asks the fencer daemon of this node, which finds a device,
+tries the others' too, and ends with 0 only when the node was verified off (stonith_admin(8)). Names are those of
+pacemaker's nodes, which are corosync's.
+
+Pacemaker fences a lost node of its own accord, too, and its fencer makes one of two requests that are under way
+only where both want the same action. An `off` after its own `reboot` would leave the node dark. So the action is
+`reboot` as pacemaker's `stonith-action` is, unless the configuration says otherwise.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 
 from clustermd.errors import Refused
@@ -17,28 +22,32 @@ from clustermd.lockd.fencing.program import Outcome, run_program
 STONITH_ADMIN = "stonith_admin"
 _SEARCH = "/usr/sbin:/sbin:/usr/bin"
 TIMEOUT_S = 120.0
+_DISCONNECTED, _NO_SUCH_DEVICE = 102, 105  # exit statuses of pacemaker's programs
+_NOTHING = re.compile(r"No devices|\b0 fence devices")
+_CONFIGURE = "configure one (pcs stonith create)"
 log = logging.getLogger("clustermd.lockd")
 
 
 class StonithFencer:
-    """`Fencer` over pacemaker. Tests give another `program`."""
+    """`Fencer` over pacemaker. `action` is one of `conf.ACTIONS`; tests give another `program`."""
 
     policy = "stonith"
     unsafe = ""
 
-    def __init__(self, program: str = STONITH_ADMIN, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, action: str, program: str = STONITH_ADMIN, timeout_s: float = TIMEOUT_S) -> None:
+        self._order = {"reboot": "--reboot", "off": "--fence"}[action]
         self._program = program
         self._timeout_s = timeout_s
 
     async def fence(self, victim: Victim) -> str:
         log.info("%s is fenced through pacemaker", victim.name)
-        words = ["--fence", victim.name, "--timeout", f"{self._timeout_s:.0f}"]
+        words = [self._order, victim.name, "--timeout", f"{self._timeout_s:.0f}"]
         outcome = await self._run(words, self._timeout_s + 10, "fence-failed")
         if outcome.status == 0:
             return f"pacemaker verified that {victim.name} is fenced"
         raise Refused(
             "fence-failed",
-            f"pacemaker did not fence {victim.name}: {self._failure(outcome)}",
+            f"pacemaker did not fence {victim.name}: {self._failure(outcome)} ({_remedy(outcome, victim.name)})",
             policy=self.policy,
             node=victim.name,
         )
@@ -48,12 +57,17 @@ class StonithFencer:
         words = ["--list", node] if node else ["--list-registered"]
         outcome = await self._run(words, self._timeout_s, "fence-check-failed")
         if outcome.status != 0:
-            raise Refused("fence-check-failed", f"pacemaker answers no question: {self._failure(outcome)}")
-        if "No devices" in outcome.last_words or "0 fence devices" in outcome.last_words:
+            raise Refused(
+                "fence-check-failed",
+                f"pacemaker answers no question: {self._failure(outcome)} ({_remedy(outcome, node)})",
+                node=node,
+            )
+        if _NOTHING.search(outcome.last_words):
             whom = node or "any node"
             raise Refused(
                 "fence-check-failed",
-                f"pacemaker has no device that fences {whom}: configure one (pcs stonith create)",
+                f"pacemaker has no device that fences {whom}: {_CONFIGURE}",
+                node=node,
             )
         return f"pacemaker: {outcome.last_words or 'has a device'}"
 
@@ -71,3 +85,11 @@ class StonithFencer:
     def _failure(self, outcome: Outcome) -> str:
         how = "no answer in time" if outcome.status is None else f"stonith_admin ended with {outcome.status}"
         return f"{how}; {outcome.last_words}" if outcome.last_words else how
+
+
+def _remedy(outcome: Outcome, node: str) -> str:
+    if outcome.status == _DISCONNECTED:
+        return "is pacemaker running on this node? systemctl start pacemaker"
+    if outcome.status == _NO_SUCH_DEVICE:
+        return _CONFIGURE
+    return f"`{STONITH_ADMIN} --history '{node or '*'}'` and pacemaker's log say more"
