@@ -4,9 +4,9 @@
 tries the others' too, and ends with 0 only when the node was verified off (stonith_admin(8)). Names are those of
 pacemaker's nodes, which are corosync's.
 
-Pacemaker fences a lost node of its own accord, too, and its fencer makes one of two requests that are under way
-only where both want the same action. An `off` after its own `reboot` would leave the node dark. So the action is
-`reboot` as pacemaker's `stonith-action` is, unless the configuration says otherwise.
+Pacemaker fences a lost node of its own accord, too. Its fencer makes one of two requests that are under way only where
+both want the same action, and what we had fenced it takes for fenced: an `off` leaves the node dark either way. So the
+action is `reboot` as pacemaker's `stonith-action` is, unless the configuration says otherwise.
 """
 
 from __future__ import annotations
