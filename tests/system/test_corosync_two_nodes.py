@@ -68,6 +68,7 @@ def test_two_nodes_with_fencing() -> None:
         cluster.machines.network.split([1], [2])
         go_on(cluster, two, slot, began_s, "two nodes, link cut")
         assert cluster.fenced == ["off node2 0"], "both would end each other, did not the first one go first"
+        assert "quorum    yes, by corosync's rules (two_node" in one.node.run("cluster", "status")
         cluster.machines.network.heal()
         two.off()
         come_back(cluster, two)

@@ -149,10 +149,13 @@ def _corosync(group: dict[str, Any]) -> list[str]:
     votes = sum(node["votes"] for node in group["nodes"])
     majority = group["majority"]
     present = sum(node["votes"] for node in group["nodes"] if node["in_ring"])
+    quorum = "yes" if group["quorate"] else "no"
+    if group["quorate"] and present < majority:
+        quorum += ", by corosync's rules (two_node, last_man_standing, auto_tie_breaker or a quorum device)"
     return [
         f"  ring      {sequence}.{lowest}: {_names(here)}"
         + (f"; absent: {_names(absent)}" if absent else ""),
-        f"  quorum    {'yes' if group['quorate'] else 'no'}, {present} of {votes} votes, a majority is {majority}",
+        f"  quorum    {quorum}, {present} of {votes} votes, a majority is {majority}",
         f"  view      {'.'.join(map(str, group['view']))}",
     ]
 
