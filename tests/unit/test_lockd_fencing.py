@@ -48,6 +48,10 @@ def _fencer(program: str, **settings: Any) -> AgentFencer:
     return AgentFencer(FenceAgent(program, **{"retries": 0, "timeout_s": 10.0, **settings}), "/etc/c.conf")
 
 
+def _stonith(program: str, **settings: Any) -> StonithFencer:
+    return StonithFencer("reboot", program, **settings)
+
+
 def _failure(fencer: AgentFencer | StonithFencer, victim: Victim = VICTIM) -> str:
     with pytest.raises(Refused) as caught:
         run(fencer.fence(victim))
@@ -179,39 +183,35 @@ def test_a_check_asks_for_the_status_and_harms_nobody(script: Script, tmp_path: 
 
 def test_stonith_counts_only_its_exit_status(script: Script, tmp_path: Path) -> None:
     program = script(f'echo "$@" > {tmp_path}/words\n')
-    assert "pacemaker verified" in run(StonithFencer("reboot", program).fence(VICTIM))
+    assert "pacemaker verified" in run(_stonith(program).fence(VICTIM))
     assert (tmp_path / "words").read_text().startswith("--reboot node3 --timeout")
     run(StonithFencer("off", program).fence(VICTIM))
     assert (tmp_path / "words").read_text().startswith("--fence node3 --timeout")
-    assert "No route" in _failure(StonithFencer("reboot", script("echo No route; exit 124\n")))
-    assert "no answer in time" in _failure(StonithFencer("reboot", script("sleep 1000\n"), timeout_s=-9.5))
-    assert "install pacemaker" in _failure(StonithFencer("reboot", "/no/stonith_admin"))
+    assert "No route" in _failure(_stonith(script("echo No route; exit 124\n")))
+    assert "no answer in time" in _failure(_stonith(script("sleep 1000\n"), timeout_s=-9.5))
+    assert "install pacemaker" in _failure(_stonith("/no/stonith_admin"))
 
 
 def test_a_failure_of_stonith_says_what_to_do(script: Script) -> None:
     """The exit statuses and words are those of pacemaker 2.1.5."""
     lost = "Couldn't fence node3: Transport endpoint is not connected"
-    assert "systemctl start pacemaker" in _failure(
-        StonithFencer("reboot", script(f'echo "{lost}"; exit 102\n'))
-    )
+    assert "systemctl start pacemaker" in _failure(_stonith(script(f'echo "{lost}"; exit 102\n')))
     none = "Couldn't fence node3: No such device (No device configured for target 'node3')"
-    assert "pcs stonith create" in _failure(StonithFencer("reboot", script(f'echo "{none}"; exit 105\n')))
+    assert "pcs stonith create" in _failure(_stonith(script(f'echo "{none}"; exit 105\n')))
     silent = script('echo "Couldn\'t fence node3: No data available"; exit 1\n')
-    assert "stonith_admin --history 'node3'" in _failure(StonithFencer("reboot", silent))
+    assert "stonith_admin --history 'node3'" in _failure(_stonith(silent))
     with pytest.raises(Refused, match="systemctl start pacemaker"):
-        run(StonithFencer("reboot", script("exit 102\n")).check(""))
+        run(_stonith(script("exit 102\n")).check(""))
 
 
 def test_stonith_without_a_device_fails_its_check(script: Script) -> None:
     assert "1 fence device found" in run(
-        StonithFencer("reboot", script("echo fence_xvm; echo 1 fence device found\n")).check("")
+        _stonith(script("echo fence_xvm; echo 1 fence device found\n")).check("")
     )
-    assert "10 fence devices" in run(
-        StonithFencer("reboot", script("echo 10 fence devices found\n")).check("node3")
-    )
+    assert "10 fence devices" in run(_stonith(script("echo 10 fence devices found\n")).check("node3"))
     for words in ("No devices found", "0 fence devices found"):
         with pytest.raises(Refused, match="pcs stonith create"):
-            run(StonithFencer("reboot", script(f"echo {words}; exit 0\n")).check("node3"))
+            run(_stonith(script(f"echo {words}; exit 0\n")).check("node3"))
 
 
 class Boottime:

@@ -47,7 +47,7 @@ class StonithFencer:
             return f"pacemaker verified that {victim.name} is fenced"
         raise Refused(
             "fence-failed",
-            f"pacemaker did not fence {victim.name}: {self._failure(outcome)} ({_remedy(outcome, victim.name)})",
+            f"pacemaker did not fence {victim.name}: {_failure(outcome, victim.name)}",
             policy=self.policy,
             node=victim.name,
         )
@@ -59,7 +59,7 @@ class StonithFencer:
         if outcome.status != 0:
             raise Refused(
                 "fence-check-failed",
-                f"pacemaker answers no question: {self._failure(outcome)} ({_remedy(outcome, node)})",
+                f"pacemaker answers no question: {_failure(outcome, node)}",
                 node=node,
             )
         if _NOTHING.search(outcome.last_words):
@@ -82,9 +82,12 @@ class StonithFencer:
             )
         return await run_program([program, *words], "", timeout_s)
 
-    def _failure(self, outcome: Outcome) -> str:
-        how = "no answer in time" if outcome.status is None else f"stonith_admin ended with {outcome.status}"
-        return f"{how}; {outcome.last_words}" if outcome.last_words else how
+
+def _failure(outcome: Outcome, node: str) -> str:
+    """How it ended, its last words, and what to do."""
+    how = "no answer in time" if outcome.status is None else f"{STONITH_ADMIN} ended with {outcome.status}"
+    words = f"{how}; {outcome.last_words}" if outcome.last_words else how
+    return f"{words} ({_remedy(outcome, node)})"
 
 
 def _remedy(outcome: Outcome, node: str) -> str:
